@@ -1,0 +1,679 @@
+"""Text to tokens and back: a byte-level BPE that we train ourselves, and the chat format with a thinking block.
+
+The idea. A text is a string of UTF-8 bytes, and 256 byte tokens can already spell everything. Byte-pair encoding makes
+the spelling shorter: count all pairs of neighbouring tokens, glue the most frequent pair into a new token, repeat. The
+list of glued tokens, in the order in which they were found, is the whole tokenizer; a token's place in that list is its
+*rank*. To encode, cut the text into pieces with a regular expression (so that no token spans two words), then inside each
+piece keep gluing the pair of lowest rank until nothing glues any more.
+
+Ids are laid out like the released tokenizer's, in small: specials first, then the bytes, then the merges in rank order.
+The released vocabulary has 1000 reserved specials and 131,072 entries; ours has 16 and a few thousand. Both run through
+the same class, and what we save opens in transformers.
+
+Two kinds of tokens must never mix. *Control* tokens (`<SPECIAL_11>`, end of turn, ...) are written by this file only.
+*Text*, whatever it says, becomes ordinary byte tokens: a user who types "<SPECIAL_12>" gets ten-odd harmless tokens, not
+an end of turn. So a chat is rendered as pieces, each marked as control or text, and never as one string to be searched.
+
+Why this is written by hand, and what the library does better. Training is 40 lines because the algorithm is the lesson;
+Hugging Face `tokenizers` finds the same merges (see the tests) in half the time and on all cores. Encoding is left to
+tiktoken's Rust engine, built on our own ranks: a named tiktoken encoding would be a download.
+
+This file knows nothing of models, tensors or files of training data.
+"""
+
+import heapq
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import regex
+import tiktoken
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and numbers
+
+UNK, BOS, EOS, THINK, END_THINK = "<unk>", "<s>", "</s>", "<think>", "</think>"
+SYSTEM_TURN, TURN, END_TURN = "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"
+
+# The released numbering where it exists: 0, 1, 2, 10, 11, 12. Giving <think> and </think> an id of their own is our
+# choice; the released vocabulary spells them with three ordinary tokens each, and this class handles both.
+SPECIALS = {UNK: 0, BOS: 1, EOS: 2, THINK: 3, END_THINK: 4} | {f"<SPECIAL_{i}>": i for i in range(5, 16)}
+
+# How a text is cut before any merge. First alternative that matches, left to right:
+PATTERN = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # a word, with the one space or sign before it: " the", "(x", "_id"
+        r"\p{N}",  # every digit alone: 407 is 4 0 7, so that column addition is learnable
+        r" ?[^\s\p{L}\p{N}]+",  # a run of signs, with the space before it: " +=", "...", " =>"
+        r"\n",  # every newline alone: one line break is one token, always the same one
+        r"[^\S\n]+(?!\S)",  # a run of blanks (indentation), leaving its last blank to the word that follows
+        r"[^\S\n]+",  # a blank that nothing else took, as in "1 + 2" before the 2
+    ]
+)
+
+# tokenizer.json stores bytes as printable characters (GPT-2's table): a printable Latin-1 byte is itself, the other 68
+# are moved to U+0100 and up, in order. The space becomes "Ġ", the newline "Ċ".
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_MOVED = [b for b in range(256) if b not in set(_PRINTABLE)]
+BYTE_TO_CHAR = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_MOVED)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """Learn a byte-level BPE from `texts` and return it as a `Tokenizer` with exactly `vocab_size` entries.
+
+    Sennrich et al. 2016 on bytes. Three things make it fast enough to use: each distinct piece is merged once and
+    counted as often as it occurs; `where` remembers which pieces hold a pair, so a merge touches only those; a heap gives
+    the most frequent pair. Heap entries are not removed when a count falls: an entry that no longer tells the true count
+    is put back with the true one when it surfaces.
+
+    The result depends on the texts alone. Among pairs of equal count the one with the smallest (left, right) symbols
+    wins; symbols are numbered in the order of the printable characters of tokenizer.json, then by age. That is the rule
+    of Hugging Face's BpeTrainer, and the merges are the same.
+
+    Raises ValueError if `vocab_size` leaves no room for specials and bytes, or if the text has too few pairs to fill it.
+    """
+    first = len(SPECIALS) + 256
+    if not isinstance(vocab_size, int) or vocab_size < first:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but {len(SPECIALS)} specials and 256 bytes need at least {first}: raise it."
+        )
+    if isinstance(texts, str):
+        raise ValueError("train_bpe wants an iterable of texts, got one string: wrap it in a list.")
+    counts = Counter()
+    for text in texts:
+        counts.update(regex.findall(PATTERN, _check_text(text, "a training text")))
+
+    order = sorted(range(256), key=BYTE_TO_CHAR.get)
+    tokens = [bytes([b]) for b in order]  # symbol number -> bytes; grows by one with each merge
+    symbol = {t: i for i, t in enumerate(tokens)}
+    words = [[symbol[bytes([b])] for b in w.encode("utf-8", "replace")] for w in counts]
+    freqs = list(counts.values())
+
+    pair_counts, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += freqs[i]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in pair_counts.items()]
+    heapq.heapify(heap)
+
+    while len(tokens) < vocab_size - len(SPECIALS):
+        if not heap:
+            raise ValueError(
+                f"the text has only {len(tokens) - 256} merges in it, too few for vocab_size {vocab_size}: "
+                f"lower it to {first + len(tokens) - 256} or give more text."
+            )
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair]:  # an old entry: put it back with its true count
+            if pair_counts[pair] > 0:
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+            continue
+        left, right = pair
+        glued = tokens[left] + tokens[right]
+        if glued not in symbol:  # "a"+"bc" and "ab"+"c" are one token
+            symbol[glued] = len(tokens)
+            tokens.append(glued)
+        new = symbol[glued]
+
+        change = Counter()  # what this merge does to the counts of the pairs around it
+        for i in where.pop(pair):
+            word, f, j = words[i], freqs[i], 0
+            while j < len(word) - 1:
+                if word[j] == left and word[j + 1] == right:
+                    if j > 0:
+                        change[word[j - 1], left] -= f
+                        change[word[j - 1], new] += f
+                        where[word[j - 1], new].add(i)
+                    if j + 2 < len(word):
+                        change[right, word[j + 2]] -= f
+                        change[new, word[j + 2]] += f
+                        where[new, word[j + 2]].add(i)
+                    word[j : j + 2] = [new]
+                j += 1
+        for other, delta in change.items():
+            pair_counts[other] += delta
+            if delta > 0:
+                heapq.heappush(heap, (-pair_counts[other], other))
+        pair_counts[pair] = 0  # after the loop: in "aaa" the pair (a, a) is its own neighbour
+
+    merged = {token: first + i for i, token in enumerate(tokens[256:])}
+    return Tokenizer({bytes([b]): len(SPECIALS) + b for b in range(256)} | merged, SPECIALS, PATTERN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chat format
+
+
+def render_chat(
+    messages: Sequence[dict],
+    add_generation_prompt: bool = True,
+    tools: Sequence[dict] | None = None,
+    continue_final_message: bool = False,
+) -> list[tuple[str, bool]]:
+    """Lay out a conversation as `(text, is_control)` pieces; their texts joined are what the released template renders.
+
+        <SPECIAL_10>System\\n{system}\\n                            always there, empty or not
+        <SPECIAL_11>User\\n{text}\\n
+        <SPECIAL_11>Assistant\\n{answer}\\n<SPECIAL_12>\\n            an earlier turn: its thought is dropped
+        <SPECIAL_11>Assistant\\n<think>\\n                           the generation prompt; <think></think> if off
+
+    `messages` are dicts with `role` (system, only first; user; assistant; tool) and `content` (a string). A final
+    assistant message is a prefill: it is stripped and follows the generation prompt, open if `add_generation_prompt` or
+    `continue_final_message`, closed by `\\n<SPECIAL_12>\\n` otherwise. `tools` (JSON-like dicts) go into the system turn.
+
+    Thinking is on unless switched off. System and user texts are read in order, "/think" switches on, otherwise
+    "/no_think" switches off, the last one wins; both words are deleted from the text. The released template does this by
+    plain substring search, and we keep its quirk because the tokens must be equal: a user text that contains "</think>"
+    counts as "/think" and arrives as "<>", and a path such as "/thinking/a" loses its first six characters.
+
+    Raises ValueError for an empty list, unknown roles, contents that are not strings, or an assistant before any user.
+    """
+    _check_messages(messages, continue_final_message)
+    if not isinstance(tools or [], Sequence) or not all(isinstance(tool, dict) for tool in tools or []):
+        raise ValueError(f"tools must be a list of dicts, one JSON schema each, got {tools!r}.")
+    thinking = True
+    for message in messages:
+        if message["role"] in ("system", "user"):
+            if "/think" in message["content"]:
+                thinking = True
+            elif "/no_think" in message["content"]:
+                thinking = False
+    return _render(messages, thinking, add_generation_prompt or continue_final_message, tools)
+
+
+def chat_text(messages: Sequence[dict], **options) -> str:
+    """The rendered conversation as one string, to look at or to compare. Options as in `render_chat`.
+
+    Do not encode this string: in it, a control token and a user who typed its name look the same.
+    """
+    return "".join(text for text, _ in render_chat(messages, **options))
+
+
+def _render(messages, thinking, open_end, tools=None):
+    """`render_chat` after its checks, with thinking decided."""
+    system, turns = "", [m for m in messages if m["role"] != "system"]
+    if messages[0]["role"] == "system":
+        system = _clean(messages[0]["content"])
+    if tools:
+        listed = ", ".join(json.dumps(t.get("function", t), ensure_ascii=False) for t in tools)
+        system += ("\n\n" if system else "") + f"{_TOOLS_INTRO}\n<AVAILABLE_TOOLS>[{listed}]</AVAILABLE_TOOLS>\n\n"
+        system += _TOOLS_USE
+    prefill = turns.pop()["content"].strip() if turns[-1]["role"] == "assistant" else ""
+
+    pieces = [(SYSTEM_TURN, True), (f"System\n{system}\n", False)]
+    for i, turn in enumerate(turns):
+        if turn["role"] == "user":
+            pieces += [(TURN, True), (f"User\n{_clean(turn['content'])}\n", False)]
+        elif turn["role"] == "tool":  # consecutive tool results share one user turn
+            if i == 0 or turns[i - 1]["role"] != "tool":
+                pieces += [(TURN, True), ("User\n<TOOL_RESPONSE>[", False)]
+            more = i + 1 < len(turns) and turns[i + 1]["role"] == "tool"
+            pieces += [(turn["content"] + (", " if more else "]</TOOL_RESPONSE>\n"), False)]
+        else:
+            answer = turn["content"]
+            if END_THINK in answer:  # the released rule: what stands between the first </think> and the next
+                answer = answer.split(END_THINK)[1]
+            answer = answer.strip() + _tool_calls(turn, "\n\n" if answer.strip() else "")
+            pieces += [(TURN, True), (f"Assistant\n{answer}\n", False), (END_TURN, True), ("\n", False)]
+
+    if open_end or prefill:
+        pieces += [(TURN, True), ("Assistant\n", False), (THINK, True)]
+        pieces += [("\n", False)] if thinking else [(END_THINK, True)]
+    if prefill:
+        # The model's own words. Its first </think> closes the thought just as it does when the model generates it.
+        thought, close, answer = prefill.partition(END_THINK) if thinking else (prefill, "", "")
+        pieces += [(thought, False)] + ([(END_THINK, True), (answer, False)] if close else [])
+        if not open_end:
+            pieces += [("\n", False), (END_TURN, True), ("\n", False)]
+    return [piece for piece in pieces if piece[0]]
+
+
+def _clean(text: str) -> str:
+    return text.replace("/think", "").replace("/no_think", "").strip()
+
+
+def _tool_calls(turn: dict, before: str) -> str:
+    """The `<TOOLCALL>[...]</TOOLCALL>` text of an earlier assistant turn, or nothing. Ordinary text, not control."""
+    calls = []
+    for call in turn.get("tool_calls") or []:
+        call = call.get("function", call) if isinstance(call, dict) else {}
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise ValueError(f"a tool call needs a name and arguments, got {call!r}.")
+        arguments = call["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append(f'{{"name": "{call["name"]}", "arguments": {arguments}}}')
+    return f"{before}<TOOLCALL>[{', '.join(calls)}]</TOOLCALL>" if calls else ""
+
+
+def _check_messages(messages, continue_final_message):
+    if isinstance(messages, str | dict) or not isinstance(messages, Sequence) or len(messages) == 0:
+        raise ValueError(f"a chat is a list of at least one message, got {messages!r}: pass [{{'role': 'user', ...}}].")
+    seen_user = False
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f"message {i} is {message!r}: it must be a dict with the keys role and content.")
+        role, content = message["role"], message["content"]
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"message {i} has role {role!r}: use system, user, assistant or tool.")
+        _check_text(content, f"the content of message {i} ({role})")
+        if role == "system" and i > 0 and _clean(content):
+            raise ValueError(
+                f"message {i} is a system message, and only the first message is shown as one: move it to 0."
+            )
+        if role == "assistant" and not seen_user:
+            raise ValueError(f"message {i} is an assistant turn before any user turn: put the user's message first.")
+        seen_user |= role in ("user", "tool")
+    if not seen_user:
+        raise ValueError(f"none of the {len(messages)} messages is a user's: add one with role user.")
+    if continue_final_message and messages[-1]["role"] != "assistant":
+        raise ValueError(f"continue_final_message needs a final assistant message, got role {messages[-1]['role']!r}.")
+
+
+def _check_text(text, what: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be a string, got {type(text).__name__}: decode or convert it first.")
+    return text
+
+
+# The tool block's tags are the released ones; the sentences around them are ours, so a tool prompt for a released
+# checkpoint should be rendered with the chat template that comes with it.
+_TOOLS_INTRO = "These tools may be called:"
+_TOOLS_USE = (
+    'To call some, write <TOOLCALL>[{"name": "...", "arguments": {...}}]</TOOLCALL> and end your turn. '
+    "The results come back as <TOOL_RESPONSE>[...]</TOOL_RESPONSE>."
+)
+
+# The same layout for transformers' apply_chat_template, saved in tokenizer_config.json. It renders one string, so there
+# user text can spell a control token: inside this project chats are encoded from pieces instead.
+CHAT_TEMPLATE = (
+    """
+{%- macro clean(text) -%}{{- text.replace('/think', '').replace('/no_think', '').strip() -}}{%- endmacro -%}
+{%- set s = namespace(on=true, system='', prefill='') -%}
+{%- for m in messages if m.role in ['system', 'user'] -%}
+  {%- if '/think' in m.content -%}{%- set s.on = true -%}
+  {%- elif '/no_think' in m.content -%}{%- set s.on = false -%}{%- endif -%}
+{%- endfor -%}
+{%- if messages[0].role == 'system' -%}{%- set s.system = clean(messages[0].content) -%}{%- endif -%}
+{%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
+{%- if turns[-1].role == 'assistant' -%}
+  {%- set s.prefill = turns[-1].content.strip() -%}{%- set turns = turns[:-1] -%}
+{%- endif -%}
+{{- '<SPECIAL_10>System\\n' + s.system -}}
+{%- if tools -%}
+  {{- ('\\n\\n' if s.system else '') + TOOLS_INTRO + '\\n<AVAILABLE_TOOLS>[' -}}
+  {%- for t in tools -%}{{- (t.function or t) | tojson -}}{{- '' if loop.last else ', ' -}}{%- endfor -%}
+  {{- ']</AVAILABLE_TOOLS>\\n\\n' + TOOLS_USE -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- for m in turns -%}
+  {%- if m.role == 'user' -%}
+    {{- '<SPECIAL_11>User\\n' + clean(m.content) + '\\n' -}}
+  {%- elif m.role == 'tool' -%}
+    {{- '' if loop.previtem is defined and loop.previtem.role == 'tool' else '<SPECIAL_11>User\\n<TOOL_RESPONSE>[' -}}
+    {{- m.content -}}
+    {{- ', ' if loop.nextitem is defined and loop.nextitem.role == 'tool' else ']</TOOL_RESPONSE>\\n' -}}
+  {%- else -%}
+    {%- set answer = (m.content.split('</think>')[1] if '</think>' in m.content else m.content).strip() -%}
+    {{- '<SPECIAL_11>Assistant\\n' + answer -}}
+    {%- if m.tool_calls -%}
+      {{- ('\\n\\n' if answer else '') + '<TOOLCALL>[' -}}
+      {%- for call in m.tool_calls -%}
+        {%- set call = call.function or call -%}
+        {{- '{"name": "' + call.name + '", "arguments": ' -}}
+        {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
+        {{- '}' if loop.last else '}, ' -}}
+      {%- endfor -%}
+      {{- ']</TOOLCALL>' -}}
+    {%- endif -%}
+    {{- '\\n<SPECIAL_12>\\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt or s.prefill -%}
+  {{- '<SPECIAL_11>Assistant\\n' + ('<think>\\n' if s.on else '<think></think>') + s.prefill -}}
+  {{- '' if add_generation_prompt or continue_final_message else '\\n<SPECIAL_12>\\n' -}}
+{%- endif -%}
+""".strip()
+    .replace("TOOLS_INTRO", repr(_TOOLS_INTRO))
+    .replace("TOOLS_USE", repr(_TOOLS_USE))
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class Tokenizer:
+    """Byte-level BPE run by tiktoken, with special tokens kept apart from text.
+
+    `ranks` maps every token's bytes to its id, all 256 single bytes among them. `specials` maps names to ids. `pattern`
+    is the regular expression that cuts the text. tiktoken glues pairs in the order of the numbers it is given; ids serve
+    as these numbers, with any offset and any gaps. If a file's merge order differs from its id order, `merge_order` (the
+    tokens, first merged first) says so, and numbers and ids are translated on the way.
+
+    Raises ValueError if a byte is missing, two tokens share an id, or the pattern does not compile.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        specials: dict[str, int],
+        pattern: str,
+        merge_order: Sequence[bytes] | None = None,
+        chat_template: str = CHAT_TEMPLATE,
+    ):
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the 256 single bytes are not in the vocabulary (first: {missing[0]}), so some texts "
+                "could not be encoded: a byte-level BPE is needed."
+            )
+        ids = [*ranks.values(), *specials.values()]
+        if any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError(
+                f"the vocabulary's {len(ids)} ids are not distinct numbers from 0 up: {len(set(ids))} are distinct, "
+                f"the smallest is {min(ids)}; check the file they come from."
+            )
+        self.ranks, self.specials, self.pattern, self.chat_template = (
+            dict(ranks),
+            dict(specials),
+            pattern,
+            chat_template,
+        )
+        self._to_id = None if merge_order is None else [ranks[token] for token in merge_order]
+        numbers = self.ranks if merge_order is None else {token: i for i, token in enumerate(merge_order)}
+        try:
+            self._encoding = tiktoken.Encoding("nano2", pat_str=pattern, mergeable_ranks=numbers, special_tokens={})
+        except ValueError as error:
+            raise ValueError(f"the pattern {pattern!r} is not a regular expression for tiktoken: {error}") from None
+        self._bytes: list[bytes | None] = [None] * (max(ids) + 1)
+        for token, i in self.ranks.items():
+            self._bytes[i] = token
+        for name, i in self.specials.items():
+            self._bytes[i] = name.encode()
+        self._special_ids = set(self.specials.values())
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that an embedding needs: the largest id plus one."""
+        return len(self._bytes)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.specials.get(BOS)
+
+    @property
+    def eos_id(self) -> int | None:
+        """End of turn, `<SPECIAL_12>`: what stops a generation."""
+        return self.specials.get(END_TURN)
+
+    @property
+    def pad_id(self) -> int | None:
+        """`<unk>`, which byte-level text never produces."""
+        return self.specials.get(UNK)
+
+    @property
+    def think_id(self) -> int | None:
+        """None where `<think>` is spelled with ordinary tokens, as in the released vocabulary; look for the text then."""
+        return self.specials.get(THINK)
+
+    @property
+    def end_think_id(self) -> int | None:
+        return self.specials.get(END_THINK)
+
+    # Text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text. Control tokens never come out, whatever the text says. No `<s>` is added."""
+        ids = self._encoding.encode_ordinary(_check_text(text, "the text to encode"))
+        return ids if self._to_id is None else [self._to_id[i] for i in ids]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts. Long ones use all cores; for short ones threads cost more than they give."""
+        if sum(map(len, texts)) < 10_000 * len(texts) or len(texts) < 2:
+            return [self.encode(text) for text in texts]
+        batch = self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        return batch if self._to_id is None else [[self._to_id[i] for i in ids] for ids in batch]
+
+    def decode_bytes(self, ids: Iterable[int], skip_specials: bool = False) -> bytes:
+        """The bytes of `ids`; specials as their names, or dropped. Raises ValueError for an id that has no token."""
+        out = []
+        for i in map(int, ids):
+            if not 0 <= i < len(self._bytes) or self._bytes[i] is None:
+                raise ValueError(
+                    f"token id {i} is not in this vocabulary of {len(self._bytes)} ids: is it another model's?"
+                )
+            if not (skip_specials and i in self._special_ids):
+                out.append(self._bytes[i])
+        return b"".join(out)
+
+    def decode(self, ids: Iterable[int], skip_specials: bool = False) -> str:
+        """The text of `ids`. Bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
+        return self.decode_bytes(ids, skip_specials).decode("utf-8", errors="replace")
+
+    # Chat
+
+    render_chat = staticmethod(render_chat)
+    chat_text = staticmethod(chat_text)
+
+    def encode_chat(self, messages: Sequence[dict], **options) -> list[int]:
+        """Ids of a conversation; options as in `render_chat`."""
+        return self._encode_pieces(render_chat(messages, **options))
+
+    def _encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        """Control pieces become one id each; the text between two of them is encoded in one go.
+
+        `<think>` where the vocabulary has no id for it is ordinary text and is joined with its neighbours, because the
+        released tokenizer glues the ">" of "<think>\\n" with the newline.
+        """
+        ids, text = [], ""
+        for piece, control in pieces:
+            if not control or (piece in (THINK, END_THINK) and piece not in self.specials):
+                text += piece
+                continue
+            if piece not in self.specials:
+                raise ValueError(
+                    f"a chat needs the special token {piece}, and this vocabulary of {self.vocab_size} has none."
+                )
+            ids += self.encode(text) if text else []
+            ids.append(self.specials[piece])
+            text = ""
+        return ids + (self.encode(text) if text else [])
+
+    def encode_example(
+        self, question: str, trace: str | None, answer: str, system: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """One training conversation: `(ids, loss_mask)`, the mask 1 on what the model must say and 0 on the prompt.
+
+        The model says `{trace}\\n</think>\\n{answer}\\n<SPECIAL_12>`, or with `trace=None` (reasoning switched off)
+        `{answer}\\n<SPECIAL_12>`. The prompt is tokenised by itself, exactly as `encode_chat` gives it at inference.
+        """
+        ids, start = self.encode_examples([(question, trace, answer, system)])[0]
+        return ids, [0] * start + [1] * (len(ids) - start)
+
+    def encode_examples(self, examples: Iterable[Sequence]) -> list[tuple[list[int], int]]:
+        """`encode_example` for many `(question, trace, answer[, system])`: a list of `(ids, mask_start)`.
+
+        `ids[mask_start:]` is the response. What is the same in every example is encoded once, so that a million short
+        examples take half a minute.
+        """
+        on, off = self._frame(True), self._frame(False)
+        encode, out, close = self.encode, [], self.end_think_id
+        for question, trace, answer, *system in examples:
+            begin, turn, end = off if trace is None else on
+            if system and system[0]:
+                begin = self._encode_pieces(
+                    [(SYSTEM_TURN, True), (f"System\n{_clean(system[0])}\n", False), (TURN, True)]
+                )
+            ids = begin + encode(f"User\n{_clean(question)}\n") + turn
+            start = len(ids)
+            if trace is None:
+                ids += encode(answer + "\n")
+            elif close is None:
+                ids += encode(f"{trace}\n{END_THINK}\n{answer}\n")
+            else:
+                ids += encode(trace + "\n")
+                ids.append(close)
+                ids += encode(f"\n{answer}\n")
+            out.append((ids + end, start))
+        return out
+
+    def _frame(self, thinking: bool) -> tuple[list[int], list[int], list[int]]:
+        """The constant tokens of a one-turn chat: before the user's text, from there to the response, after it."""
+        pieces = _render([{"role": "user", "content": ""}], thinking, True)
+        user = pieces.index(("User\n\n", False))
+        return tuple(self._encode_pieces(p) for p in (pieces[:user], pieces[user + 1 :], [(END_TURN, True)]))
+
+    # Files
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, so that transformers opens the folder too.
+
+        tiktoken glues a pair whenever the result is a token; tokenizer.json lists the pairs that may be glued. So every
+        way to cut a token into two tokens is listed, in rank order, and both engines give the same ids.
+        """
+        order = sorted(self.ranks, key=self._encoding._mergeable_ranks.get)
+        text = {token: "".join(map(BYTE_TO_CHAR.get, token)) for token in order}
+        merges = [
+            [text[token[:k]], text[token[k:]]]
+            for token in order
+            for k in range(1, len(token))
+            if token[:k] in self.ranks and token[k:] in self.ranks
+        ]
+        vocab = self.specials | {text[token]: i for token, i in self.ranks.items()}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+        model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
+        tokenizer = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": name} | flags for name, i in self.specials.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": model | {"vocab": dict(sorted(vocab.items(), key=lambda kv: kv[1])), "merges": merges},
+        }
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for key, name in (("bos_token", BOS), ("eos_token", END_TURN), ("pad_token", UNK), ("unk_token", UNK)):
+            config |= {key: name} if name in self.specials else {}
+        _write_json(Path(folder) / "tokenizer_config.json", config | {"chat_template": self.chat_template})
+        _write_json(Path(folder) / "tokenizer.json", tokenizer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a `tokenizer.json` (or the folder that holds one): ours, or a released byte-level BPE of the Tekken kind.
+
+        Only what such a file needs is understood, and the rest is refused: a tokenizer that is *nearly* right makes a
+        model that is quietly wrong. A post-processor that would add `<s>` is ignored: the chat format has no `<s>`.
+
+        Raises ValueError, in a sentence, for a missing or damaged file and for any other kind of tokenizer.
+        """
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        template = CHAT_TEMPLATE
+        if (path.parent / "tokenizer_config.json").is_file():
+            saved = _read_json(path.parent / "tokenizer_config.json").get("chat_template")
+            template = saved if isinstance(saved, str) else CHAT_TEMPLATE
+        data = _read_json(path)
+        try:
+            ranks, specials, pattern, merge_order = _parse(data, path)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is not a complete tokenizer.json ({type(error).__name__}: {error}).") from None
+        return cls(ranks, specials, pattern, merge_order, template)
+
+
+def _parse(data: dict, path: Path):
+    """The four arguments of `Tokenizer` from the contents of a tokenizer.json."""
+    model = data["model"]
+    kind = model.get("type", "BPE")
+    if kind != "BPE" or model.get("byte_fallback") or data.get("normalizer"):
+        what = (
+            kind
+            if kind != "BPE"
+            else "BPE with byte_fallback"
+            if model.get("byte_fallback")
+            else "BPE with a normalizer"
+        )
+        raise ValueError(f"{path} holds a {what} tokenizer: only a byte-level BPE without normalizer can be read.")
+    steps = data["pre_tokenizer"] or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    if kinds != ["Split", "ByteLevel"] or steps[1].get("use_regex", True) or steps[1].get("add_prefix_space", True):
+        raise ValueError(
+            f"{path} cuts text by {kinds}: only a Split by one regular expression, then ByteLevel without a regex or "
+            "prefix space of its own, can be read."
+        )
+    if steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or "Regex" not in steps[0]["pattern"]:
+        raise ValueError(f"{path} has a Split that is not an Isolated regular expression: {steps[0]}.")
+
+    vocab = model["vocab"]
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    first_merge: dict[str, int] = {}  # token -> place of the first merge that makes it
+    for i, merge in enumerate(merges):
+        if len(merge) != 2 or not all(part in vocab for part in (*merge, "".join(merge))):
+            raise ValueError(
+                f"merge {i} of {path}, {merge!r}, does not join two entries of the vocabulary into a third."
+            )
+        first_merge.setdefault(merge[0] + merge[1], i)
+
+    specials = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+    ranks = {}
+    for text, i in vocab.items():
+        if text in specials:
+            if specials[text] != i:
+                raise ValueError(
+                    f"{path} gives {text!r} two ids, {i} in the vocabulary and {specials[text]} as special."
+                )
+        elif len(text) == 1 or text in first_merge:
+            if not all(c in CHAR_TO_BYTE for c in text):
+                raise ValueError(
+                    f"{path}: entry {text!r} (id {i}) is not written in byte characters, so not byte-level."
+                )
+            ranks[bytes(map(CHAR_TO_BYTE.get, text))] = i
+        elif text.startswith("<") and text.endswith(">"):
+            specials[text] = i  # a reserved name that no merge can make: it decodes, and is never encoded
+        else:
+            raise ValueError(f"{path}: no merge makes the entry {text!r} (id {i}); is the list of merges cut short?")
+    place = {bytes(map(CHAR_TO_BYTE.get, text)): i for text, i in first_merge.items() if text not in specials}
+    order = sorted(ranks, key=lambda token: (place.get(token, -1), ranks[token]))
+    ids = [ranks[token] for token in order]
+    return ranks, specials, steps[0]["pattern"]["Regex"], None if ids == sorted(ids) else order
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give a folder that holds a tokenizer.json.") from None
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{path} is not valid JSON ({error}): it is damaged or cut short.") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a JSON {type(data).__name__}, not an object: it is not a tokenizer file.")
+    return data
+
+
+def _write_json(path: Path, data: dict) -> None:
+    """All or nothing: write beside the target, flush to disk, then rename over it."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8") as file:
+            json.dump(data, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; give a folder that can be written to.") from None
+    finally:
+        beside.unlink(missing_ok=True) if path.parent.is_dir() else None
