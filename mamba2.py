@@ -231,7 +231,7 @@ class GatedGroupRMSNorm(nn.Module):
     """v = y * SiLU(z); then RMSNorm over each of `n_groups` runs of channels by itself; then a weight per channel.
 
     Both the order and the grouping matter: norming before gating, or over the whole width, changes logits by more than
-    their own standard deviation, and models with one group hide the second mistake. All in float32, one cast at the end.
+    their own spread, and models with one group hide the second mistake. All in float32, one cast at the end.
     """
 
     def __init__(self, width, n_groups, eps):

@@ -101,7 +101,7 @@ _released = ModelConfig(
     vocab_size=131072, mamba_num_heads=128, mamba_head_dim=80, n_groups=8, ssm_state_size=128, chunk_size=128,
     num_attention_heads=40, num_key_value_heads=8, head_dim=128,
 )  # fmt: skip
-_scale = ModelConfig(  # the report's ratios with the width divided by 20; the init rule for small widths is 1/sqrt(hidden)
+_scale = ModelConfig(  # the report's ratios, width divided by 20; init std for small widths is 1/sqrt(hidden)
     vocab_size=4096, mamba_num_heads=16, mamba_head_dim=32, n_groups=4, ssm_state_size=32, chunk_size=64,
     num_attention_heads=4, num_key_value_heads=2, head_dim=48,
 )  # fmt: skip
@@ -142,7 +142,7 @@ PRESETS = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, all in float32 with one cast at the end (not Llama's order, which casts before the weight)."""
+    """x / rms(x) * weight in float32, with one cast at the end (Llama casts before the weight; this family after)."""
 
     def __init__(self, width, eps):
         super().__init__()

@@ -16,7 +16,8 @@ How a trace is written, since this decides whether a small model learns it:
 - The state is written out (carry, partial result, letters that are left), so the answer is a copy of the last lines.
 - A thinking budget cuts at a newline; every line is therefore a complete thought.
 - Letters that are data always stand after a space: a byte-level BPE then gives `k` the same token everywhere, which
-  is why lines of letters start with "- ". Digits are one token each by the tokenizer's pattern.
+  is why lines of letters start with "- " and letters are assigned with " = ". Digits are one token each by the
+  tokenizer's pattern.
 
 The split. Whether a question is "train" or "test" is decided by a hash of its canonical form (`canonical`), so it is
 a property of the question and not of a seed: no test question can be trained on, whatever the process, rank or day.
@@ -183,24 +184,26 @@ def _subtract(rng: Random, level: int) -> tuple[str, str, str]:
 
 
 def _multiply(rng: Random, level: int) -> tuple[str, str, str]:
-    """level + 2 digits (at level 1 also 2) times one: digit * factor + carry = two digits -> the result so far."""
+    """level + 2 digits (at level 1 also 2) times one: digit * factor + carry = product + carry -> the result so far."""
     a, b = _digits(rng, 2 if level == 1 and rng.random() < 0.25 else level + 2), rng.randint(2, 9)
     lines, carry, done, x = [], 0, "", a
     while x:
-        total = x % 10 * b + carry
+        product = x % 10 * b
+        total = product + carry
         done = str(total % 10) + done
-        lines.append(f"{x % 10}*{b}+{carry}={total:02d} -> {done}")
+        lines.append(f"{x % 10}*{b}+{carry}={product:02d}+{carry}={total:02d} -> {done}")
         carry, x = total // 10, x // 10
     return _ask(rng, a, "*", b), "\n".join(lines), str(a * b)
 
 
 def _modchain(rng: Random, level: int) -> tuple[str, str, str]:
-    """level + 1 additions and multiplications, from left to right, each reduced modulo 7 or 10."""
+    """level + 1 additions and multiplications, from left to right, each reduced modulo 7 or 10. A zero is only added
+    to: multiplied on, it would make the rest of the chain, and the answer, too easy to guess."""
     m = rng.choice((7, 10))
     value, ops, lines = rng.randrange(m), [], []
     start = value
     for _ in range(level + 1):
-        op, k = rng.choice("+*"), rng.randrange(1, m)
+        op, k = "+" if value == 0 else rng.choice("+*"), rng.randrange(1, m)
         full = value + k if op == "+" else value * k
         lines.append(f"{value}{op}{k}={full} -> {full % m}")
         ops.append(f"{op}{k}")
@@ -348,12 +351,12 @@ def _multivalue(rng: Random, level: int) -> tuple[str, str, str]:
 def _vartrack(rng: Random, level: int) -> tuple[str, str, str]:
     """Three chains of assignments, interleaved; one is followed back over level + 1 hops to its number."""
     hops = level + 1
-    lengths = [hops, rng.randint(1, hops), rng.randint(1, hops)]
+    lengths = [hops, rng.randint(1, hops + 1), rng.randint(1, hops + 1)]
     names, values = rng.sample(LETTERS, sum(lengths) + 3), rng.sample(range(10, 100), 3)
     chains = []
     for value, length in zip(values, lengths):
         chain = [names.pop() for _ in range(length + 1)]
-        chains.append([f"{a}={b}" for a, b in zip(chain, [value, *chain])])
+        chains.append([f"{a} = {b}" for a, b in zip(chain, [value, *chain])])
     order = [i for i, chain in enumerate(chains) for _ in chain]
     rng.shuffle(order)  # a variable is always assigned before it is used, as in a program
     feeds = [iter(chain) for chain in chains]
@@ -366,8 +369,8 @@ def _lookup2(rng: Random, level: int) -> tuple[str, str, str]:
     n = (3, 5, 7, 10, 14)[level - 1]
     keys, values, _ = _table(rng, n)
     letters = rng.sample(LETTERS, n)
-    first = [f"{k}={x}" for k, x in zip(keys, letters)]
-    second = [f"{x}={v}" for x, v in zip(letters, values)]
+    first = [f"{k} = {x}" for k, x in zip(keys, letters)]
+    second = [f"{x} = {v}" for x, v in zip(letters, values)]
     i = rng.randrange(n)
     question = _given(first + rng.sample(second, n), f"Follow {keys[i]}.")
     return question, f"- {first[i]}\n- {second[i]}", str(values[i])
@@ -421,13 +424,13 @@ def canonical(family: str, question: str) -> str:
 
 
 def split_of(family: str, question: str) -> str:
-    """ "train" or "test", decided by the question alone (one in TEST_SHARE is "test")."""
-    digest = blake2b(f"{family}\n{canonical(family, question)}".encode(), digest_size=4).digest()
-    return "test" if digest[0] % TEST_SHARE == 0 else "train"
+    """Returns "train" or "test", decided by the question alone; one in TEST_SHARE is "test"."""
+    digest = blake2b(f"{family}\n{canonical(family, question)}".encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
 
 
 def _family(name: str) -> Family:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"unknown task family {name!r}: choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
@@ -435,7 +438,7 @@ def _family(name: str) -> Family:
 def _check(name: str, level: int, split: str) -> None:
     family = _family(name)
     levels = family.train_levels + family.beyond
-    if isinstance(level, bool) or level not in levels:
+    if type(level) is not int or level not in levels:
         raise ValueError(f"family {name!r} has no level {level!r}: choose one of {', '.join(map(str, levels))}")
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
@@ -463,12 +466,17 @@ def blend(rng: Random, weights: dict | None = None, levels=None, split: str = "t
     Raises ValueError at the call, before the first sample.
     """
     pairs, sums = [], []
+    for name in levels if isinstance(levels, dict) else ():
+        _family(name)
     for name, weight in (dict.fromkeys(FAMILIES, 1.0) if weights is None else weights).items():
-        name, chosen = (name[0], name[1:]) if isinstance(name, tuple) else (name, None)
-        if chosen is None:
+        name, *chosen = name if isinstance(name, tuple) else (name,)
+        _family(name)
+        if not chosen:
             chosen = levels.get(name) if isinstance(levels, dict) else levels
-            chosen = _family(name).train_levels if chosen is None else tuple(chosen)
-        if not weight >= 0 or weight == float("inf"):
+            chosen = FAMILIES[name].train_levels if chosen is None else chosen
+        if isinstance(chosen, (int, str)):
+            raise ValueError(f"levels must be a sequence of whole numbers such as (1, 2), got {chosen!r}")
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"the weight of {name!r} is {weight!r}: give a finite number of at least 0")
         for level in chosen:
             _check(name, level, split)
@@ -480,7 +488,7 @@ def blend(rng: Random, weights: dict | None = None, levels=None, split: str = "t
 
     def stream():
         while True:
-            name, level = pairs[bisect(sums, rng.random() * sums[-1])]
+            name, level = pairs[bisect(sums, rng.random() * sums[-1], hi=len(sums) - 1)]
             yield sample(name, level, rng, split)
 
     return stream()

@@ -3,20 +3,20 @@
 The idea. A text is a string of UTF-8 bytes, and 256 byte tokens can already spell everything. Byte-pair encoding makes
 the spelling shorter: count all pairs of neighbouring tokens, glue the most frequent pair into a new token, repeat. The
 list of glued tokens, in the order in which they were found, is the whole tokenizer; a token's place in that list is its
-*rank*. To encode, cut the text into pieces with a regular expression (so that no token spans two words), then inside each
-piece keep gluing the pair of lowest rank until nothing glues any more.
+*rank*. To encode, cut the text into pieces with a regular expression (so that no token spans two words), then inside
+each piece keep gluing the pair of lowest rank until nothing glues any more.
 
 Ids are laid out like the released tokenizer's, in small: specials first, then the bytes, then the merges in rank order.
 The released vocabulary has 1000 reserved specials and 131,072 entries; ours has 16 and a few thousand. Both run through
 the same class, and what we save opens in transformers.
 
 Two kinds of tokens must never mix. *Control* tokens (`<SPECIAL_11>`, end of turn, ...) are written by this file only.
-*Text*, whatever it says, becomes ordinary byte tokens: a user who types "<SPECIAL_12>" gets ten-odd harmless tokens, not
+*Text*, whatever it says, becomes ordinary tokens: a user who types "<SPECIAL_12>" gets a handful of harmless ones, not
 an end of turn. So a chat is rendered as pieces, each marked as control or text, and never as one string to be searched.
 
 Why this is written by hand, and what the library does better. Training is 40 lines because the algorithm is the lesson;
-Hugging Face `tokenizers` finds the same merges (see the tests) in half the time and on all cores. Encoding is left to
-tiktoken's Rust engine, built on our own ranks: a named tiktoken encoding would be a download.
+Hugging Face `tokenizers` finds the same merges (see the tests), uses all cores, and trains other models than BPE too.
+Encoding is left to tiktoken's Rust engine, built on our own ranks: a named tiktoken encoding would be a download.
 
 This file knows nothing of models, tensors or files of training data.
 """
@@ -68,16 +68,16 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """Learn a byte-level BPE from `texts` and return it as a `Tokenizer` with exactly `vocab_size` entries.
 
-    Sennrich et al. 2016 on bytes. Three things make it fast enough to use: each distinct piece is merged once and
-    counted as often as it occurs; `where` remembers which pieces hold a pair, so a merge touches only those; a heap gives
-    the most frequent pair. Heap entries are not removed when a count falls: an entry that no longer tells the true count
-    is put back with the true one when it surfaces.
+    Sennrich et al. 2016 (arXiv 1508.07909), on bytes. Three things make it fast enough to use: each distinct piece is
+    merged once and counted as often as it occurs; `where` remembers which pieces hold a pair, so a merge touches only
+    those; a heap gives the most frequent pair. Heap entries are not removed when a count falls: an entry that no longer
+    tells the true count is put back with the true one when it surfaces.
 
     The result depends on the texts alone. Among pairs of equal count the one with the smallest (left, right) symbols
     wins; symbols are numbered in the order of the printable characters of tokenizer.json, then by age. That is the rule
     of Hugging Face's BpeTrainer, and the merges are the same.
 
-    Raises ValueError if `vocab_size` leaves no room for specials and bytes, or if the text has too few pairs to fill it.
+    Raises ValueError if `vocab_size` leaves no room for specials and bytes, or if the text has too few pairs for it.
     """
     first = len(SPECIALS) + 256
     if not isinstance(vocab_size, int) or vocab_size < first:
@@ -117,7 +117,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
             continue
         left, right = pair
         glued = tokens[left] + tokens[right]
-        if glued not in symbol:  # "a"+"bc" and "ab"+"c" are one token
+        if glued not in symbol:  # rare, but "a"+"bc" and "ab"+"c" would be one token
             symbol[glued] = len(tokens)
             tokens.append(glued)
         new = symbol[glued]
@@ -166,10 +166,10 @@ def render_chat(
 
     `messages` are dicts with `role` (system, only first; user; assistant; tool) and `content` (a string). A final
     assistant message is a prefill: it is stripped and follows the generation prompt, open if `add_generation_prompt` or
-    `continue_final_message`, closed by `\\n<SPECIAL_12>\\n` otherwise. `tools` (JSON-like dicts) go into the system turn.
+    `continue_final_message`, closed by `\\n<SPECIAL_12>\\n` otherwise. `tools` (JSON-like dicts) go to the system turn.
 
     Thinking is on unless switched off. System and user texts are read in order, "/think" switches on, otherwise
-    "/no_think" switches off, the last one wins; both words are deleted from the text. The released template does this by
+    "/no_think" switches off, the last one wins; both words are deleted from the text. The released template does so by
     plain substring search, and we keep its quirk because the tokens must be equal: a user text that contains "</think>"
     counts as "/think" and arrives as "<>", and a path such as "/thinking/a" loses its first six characters.
 
@@ -185,7 +185,7 @@ def render_chat(
                 thinking = True
             elif "/no_think" in message["content"]:
                 thinking = False
-    return _render(messages, thinking, add_generation_prompt or continue_final_message, tools)
+    return _render(messages, thinking, add_generation_prompt, continue_final_message, tools)
 
 
 def chat_text(messages: Sequence[dict], **options) -> str:
@@ -196,7 +196,7 @@ def chat_text(messages: Sequence[dict], **options) -> str:
     return "".join(text for text, _ in render_chat(messages, **options))
 
 
-def _render(messages, thinking, open_end, tools=None):
+def _render(messages, thinking, add_generation_prompt, continue_final_message=False, tools=None):
     """`render_chat` after its checks, with thinking decided."""
     system, turns = "", [m for m in messages if m["role"] != "system"]
     if messages[0]["role"] == "system":
@@ -223,14 +223,14 @@ def _render(messages, thinking, open_end, tools=None):
             answer = answer.strip() + _tool_calls(turn, "\n\n" if answer.strip() else "")
             pieces += [(TURN, True), (f"Assistant\n{answer}\n", False), (END_TURN, True), ("\n", False)]
 
-    if open_end or prefill:
+    if add_generation_prompt or prefill:
         pieces += [(TURN, True), ("Assistant\n", False), (THINK, True)]
         pieces += [("\n", False)] if thinking else [(END_THINK, True)]
     if prefill:
         # The model's own words. Its first </think> closes the thought just as it does when the model generates it.
         thought, close, answer = prefill.partition(END_THINK) if thinking else (prefill, "", "")
         pieces += [(thought, False)] + ([(END_THINK, True), (answer, False)] if close else [])
-        if not open_end:
+        if not (add_generation_prompt or continue_final_message):
             pieces += [("\n", False), (END_TURN, True), ("\n", False)]
     return [piece for piece in pieces if piece[0]]
 
@@ -265,9 +265,7 @@ def _check_messages(messages, continue_final_message):
             raise ValueError(f"message {i} has role {role!r}: use system, user, assistant or tool.")
         _check_text(content, f"the content of message {i} ({role})")
         if role == "system" and i > 0 and _clean(content):
-            raise ValueError(
-                f"message {i} is a system message, and only the first message is shown as one: move it to 0."
-            )
+            raise ValueError(f"message {i} is a system message, and only the first message is shown as one: move it.")
         if role == "assistant" and not seen_user:
             raise ValueError(f"message {i} is an assistant turn before any user turn: put the user's message first.")
         seen_user |= role in ("user", "tool")
@@ -283,6 +281,16 @@ def _check_text(text, what: str) -> str:
     return text
 
 
+_LONG = 450_000
+
+
+def _check_blanks(text: str) -> None:
+    """The regex engine gives up inside a run of a million blanks: refuse it before, in a sentence."""
+    for i in range(0, len(text) - _LONG + 1, _LONG):
+        if text[i : i + _LONG].isspace():
+            raise ValueError(f"the text has more than {_LONG:,} blanks in a row at character {i:,}: shorten that run.")
+
+
 # The tool block's tags are the released ones; the sentences around them are ours, so a tool prompt for a released
 # checkpoint should be rendered with the chat template that comes with it.
 _TOOLS_INTRO = "These tools may be called:"
@@ -293,8 +301,7 @@ _TOOLS_USE = (
 
 # The same layout for transformers' apply_chat_template, saved in tokenizer_config.json. It renders one string, so there
 # user text can spell a control token: inside this project chats are encoded from pieces instead.
-CHAT_TEMPLATE = (
-    """
+CHAT_TEMPLATE = """
 {%- macro clean(text) -%}{{- text.replace('/think', '').replace('/no_think', '').strip() -}}{%- endmacro -%}
 {%- set s = namespace(on=true, system='', prefill='') -%}
 {%- for m in messages if m.role in ['system', 'user'] -%}
@@ -340,10 +347,8 @@ CHAT_TEMPLATE = (
   {{- '<SPECIAL_11>Assistant\\n' + ('<think>\\n' if s.on else '<think></think>') + s.prefill -}}
   {{- '' if add_generation_prompt or continue_final_message else '\\n<SPECIAL_12>\\n' -}}
 {%- endif -%}
-""".strip()
-    .replace("TOOLS_INTRO", repr(_TOOLS_INTRO))
-    .replace("TOOLS_USE", repr(_TOOLS_USE))
-)
+"""
+CHAT_TEMPLATE = CHAT_TEMPLATE.strip().replace("TOOLS_INTRO", repr(_TOOLS_INTRO)).replace("TOOLS_USE", repr(_TOOLS_USE))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,9 +359,9 @@ class Tokenizer:
     """Byte-level BPE run by tiktoken, with special tokens kept apart from text.
 
     `ranks` maps every token's bytes to its id, all 256 single bytes among them. `specials` maps names to ids. `pattern`
-    is the regular expression that cuts the text. tiktoken glues pairs in the order of the numbers it is given; ids serve
-    as these numbers, with any offset and any gaps. If a file's merge order differs from its id order, `merge_order` (the
-    tokens, first merged first) says so, and numbers and ids are translated on the way.
+    is the regular expression that cuts the text. tiktoken glues pairs in the order of the numbers it is given; the ids
+    serve as these numbers, with any offset and any gaps. If a file's merge order is not its id order, `merge_order`
+    (the tokens, first merged first) says so, and numbers are translated to ids on the way out.
 
     Raises ValueError if a byte is missing, two tokens share an id, or the pattern does not compile.
     """
@@ -372,8 +377,8 @@ class Tokenizer:
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         if missing:
             raise ValueError(
-                f"{len(missing)} of the 256 single bytes are not in the vocabulary (first: {missing[0]}), so some texts "
-                "could not be encoded: a byte-level BPE is needed."
+                f"{len(missing)} of the 256 single bytes are not in the vocabulary (first: {missing[0]}), so some "
+                "texts could not be encoded: a byte-level BPE is needed."
             )
         ids = [*ranks.values(), *specials.values()]
         if any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
@@ -381,12 +386,8 @@ class Tokenizer:
                 f"the vocabulary's {len(ids)} ids are not distinct numbers from 0 up: {len(set(ids))} are distinct, "
                 f"the smallest is {min(ids)}; check the file they come from."
             )
-        self.ranks, self.specials, self.pattern, self.chat_template = (
-            dict(ranks),
-            dict(specials),
-            pattern,
-            chat_template,
-        )
+        self.ranks, self.specials = dict(ranks), dict(specials)
+        self.pattern, self.chat_template = pattern, chat_template
         self._to_id = None if merge_order is None else [ranks[token] for token in merge_order]
         numbers = self.ranks if merge_order is None else {token: i for i, token in enumerate(merge_order)}
         try:
@@ -421,7 +422,7 @@ class Tokenizer:
 
     @property
     def think_id(self) -> int | None:
-        """None where `<think>` is spelled with ordinary tokens, as in the released vocabulary; look for the text then."""
+        """None where ordinary tokens spell `<think>`, as in the released vocabulary: look for the text then."""
         return self.specials.get(THINK)
 
     @property
@@ -432,13 +433,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. Control tokens never come out, whatever the text says. No `<s>` is added."""
-        ids = self._encoding.encode_ordinary(_check_text(text, "the text to encode"))
+        if len(_check_text(text, "the text to encode")) >= _LONG:
+            _check_blanks(text)
+        ids = self._encoding.encode_ordinary(text)
         return ids if self._to_id is None else [self._to_id[i] for i in ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts. Long ones use all cores; for short ones threads cost more than they give."""
-        if sum(map(len, texts)) < 10_000 * len(texts) or len(texts) < 2:
+        if len(texts) < 2 or sum(len(_check_text(text, "a text to encode")) for text in texts) < 10_000 * len(texts):
             return [self.encode(text) for text in texts]
+        for text in texts:
+            _check_blanks(text)
         batch = self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
         return batch if self._to_id is None else [[self._to_id[i] for i in ids] for ids in batch]
 
@@ -447,9 +452,7 @@ class Tokenizer:
         out = []
         for i in map(int, ids):
             if not 0 <= i < len(self._bytes) or self._bytes[i] is None:
-                raise ValueError(
-                    f"token id {i} is not in this vocabulary of {len(self._bytes)} ids: is it another model's?"
-                )
+                raise ValueError(f"token id {i} is not in this vocabulary of {self.vocab_size}: is it another model's?")
             if not (skip_specials and i in self._special_ids):
                 out.append(self._bytes[i])
         return b"".join(out)
@@ -479,9 +482,7 @@ class Tokenizer:
                 text += piece
                 continue
             if piece not in self.specials:
-                raise ValueError(
-                    f"a chat needs the special token {piece}, and this vocabulary of {self.vocab_size} has none."
-                )
+                raise ValueError(f"a chat needs the token {piece}; this vocabulary of {self.vocab_size} has none.")
             ids += self.encode(text) if text else []
             ids.append(self.specials[piece])
             text = ""
@@ -507,11 +508,14 @@ class Tokenizer:
         on, off = self._frame(True), self._frame(False)
         encode, out, close = self.encode, [], self.end_think_id
         for question, trace, answer, *system in examples:
+            if not (isinstance(question, str) and isinstance(answer, str) and isinstance(trace, str | None)):
+                raise ValueError(
+                    f"question and answer must be strings, trace too or None: got {(question, trace, answer)}."
+                )
             begin, turn, end = off if trace is None else on
             if system and system[0]:
-                begin = self._encode_pieces(
-                    [(SYSTEM_TURN, True), (f"System\n{_clean(system[0])}\n", False), (TURN, True)]
-                )
+                text = f"System\n{_clean(system[0])}\n"
+                begin = self._encode_pieces([(SYSTEM_TURN, True), (text, False), (TURN, True)])
             ids = begin + encode(f"User\n{_clean(question)}\n") + turn
             start = len(ids)
             if trace is None:
@@ -572,7 +576,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json` (or the folder that holds one): ours, or a released byte-level BPE of the Tekken kind.
+        """Read a `tokenizer.json` (or a folder that holds one): ours, or a released byte-level BPE of the Tekken kind.
 
         Only what such a file needs is understood, and the rest is refused: a tokenizer that is *nearly* right makes a
         model that is quietly wrong. A post-processor that would add `<s>` is ignored: the chat format has no `<s>`.
@@ -598,14 +602,8 @@ def _parse(data: dict, path: Path):
     model = data["model"]
     kind = model.get("type", "BPE")
     if kind != "BPE" or model.get("byte_fallback") or data.get("normalizer"):
-        what = (
-            kind
-            if kind != "BPE"
-            else "BPE with byte_fallback"
-            if model.get("byte_fallback")
-            else "BPE with a normalizer"
-        )
-        raise ValueError(f"{path} holds a {what} tokenizer: only a byte-level BPE without normalizer can be read.")
+        kind += " (byte_fallback)" * bool(model.get("byte_fallback")) + " (normalizer)" * bool(data.get("normalizer"))
+        raise ValueError(f"{path} holds a {kind} tokenizer: only a plain byte-level BPE can be read.")
     steps = data["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     kinds = [step.get("type") for step in steps]
@@ -622,9 +620,7 @@ def _parse(data: dict, path: Path):
     first_merge: dict[str, int] = {}  # token -> place of the first merge that makes it
     for i, merge in enumerate(merges):
         if len(merge) != 2 or not all(part in vocab for part in (*merge, "".join(merge))):
-            raise ValueError(
-                f"merge {i} of {path}, {merge!r}, does not join two entries of the vocabulary into a third."
-            )
+            raise ValueError(f"merge {i} of {path}, {merge!r}, does not join two vocabulary entries into a third.")
         first_merge.setdefault(merge[0] + merge[1], i)
 
     specials = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
@@ -632,14 +628,10 @@ def _parse(data: dict, path: Path):
     for text, i in vocab.items():
         if text in specials:
             if specials[text] != i:
-                raise ValueError(
-                    f"{path} gives {text!r} two ids, {i} in the vocabulary and {specials[text]} as special."
-                )
+                raise ValueError(f"{path} gives {text!r} two ids: {i} in its vocabulary, {specials[text]} as special.")
         elif len(text) == 1 or text in first_merge:
             if not all(c in CHAR_TO_BYTE for c in text):
-                raise ValueError(
-                    f"{path}: entry {text!r} (id {i}) is not written in byte characters, so not byte-level."
-                )
+                raise ValueError(f"{path}: entry {text!r} (id {i}) is not in byte characters, so it is not byte-level.")
             ranks[bytes(map(CHAR_TO_BYTE.get, text))] = i
         elif text.startswith("<") and text.endswith(">"):
             specials[text] = i  # a reserved name that no merge can make: it decodes, and is never encoded

@@ -1,0 +1,173 @@
+"""Measured speed, beside somebody else's code for the same thing.
+
+A number alone says little, so every benchmark here runs two contestants in one process on the same weights and inputs,
+checks first that they compute the same thing, takes turns between them (so that whatever else the machine is doing
+hits both), and prints medians and the ratio. It prints what it ran on, because a figure without that is not a figure.
+
+    python bench.py mixer               one Mamba-2 layer, forward and backward, on the CPU, against transformers
+
+This file must not be imported by anything: it is a command. The other side of `mixer`, transformers' PyTorch path of
+NemotronH, is a test extra and not needed for anything else. It is what most people run on a machine without a GPU; on
+a GPU its mixer calls the mamba_ssm kernels instead, and that would be a different comparison.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import sys
+import time
+
+import torch
+
+from mamba2 import Mamba2Mixer
+
+MIXER_BAR = 2.0  # this project's own promise: the chunked mixer is at least this many times faster
+
+
+def cpu_name():
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def interleave(contestants, repeats):
+    """Seconds of each call, {name: [seconds, ...]}: one call of each in turn, `repeats` times after one warm-up."""
+    seconds = {name: [] for name in contestants}
+    for i in range(repeats + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mixer: one Mamba-2 layer against transformers' PyTorch path
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def their_mixer(ours, chunk_size):
+    """transformers' mixer with the weights of ours. Its clamp of dt at 0.001 (prefill only, an upstream quirk) is set
+    to zero, as otherwise the two would not compute the same function. Raises ValueError if transformers is missing."""
+    try:
+        from transformers import NemotronHConfig
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+    except ImportError as e:
+        raise ValueError(
+            f"bench.py mixer compares with transformers, which cannot be imported here ({e}); install it with "
+            "pip install -r requirements-test.txt"
+        ) from None
+    config = NemotronHConfig(
+        hidden_size=ours.in_proj.in_features, layers_block_type=["linear_attention"], mamba_num_heads=ours.h,
+        mamba_head_dim=ours.p, n_groups=ours.g, ssm_state_size=ours.n, conv_kernel=ours.conv1d.kernel_size[0],
+        chunk_size=chunk_size, layer_norm_epsilon=ours.norm.eps, use_bias=False, use_conv_bias=True,
+    )  # fmt: skip
+    theirs = NemotronHMamba2Mixer(config, layer_idx=0)
+    theirs.load_state_dict(ours.state_dict())
+    for name in ("time_step_limit", "time_step_min"):  # the first in transformers 5.23, the second in 5.15
+        if hasattr(theirs, name):
+            setattr(theirs, name, (0.0, math.inf) if name == "time_step_limit" else 0.0)
+    return theirs
+
+
+def forward_backward(mixer, u, grad):
+    """Returns a function of no arguments: one forward and one backward, gradients of u and of every weight."""
+
+    def run():
+        u.grad = None
+        mixer.zero_grad(set_to_none=True)
+        y = mixer(u)
+        y.backward(grad)
+        return y.detach()
+
+    return run
+
+
+def bench_mixer(args):
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    b, l, d, shape = 4, 512, 256, dict(num_heads=16, head_dim=32, n_groups=4, state_size=32, conv_kernel=4)
+    print(f"{cpu_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}; float32")
+    print(f"Mamba-2 mixer, forward + backward: b {b}, l {l}, hidden {d}, " + ", ".join(f"{k} {v}" for k, v in shape.items()))
+
+    ours = Mamba2Mixer(d, **shape)
+    with torch.no_grad():  # all parameters random: nothing may be equal by accident
+        ours.dt_bias.normal_(-4, 2)
+        ours.A_log.uniform_(0, math.log(16))
+        ours.D.normal_(1, 0.3)
+        ours.norm.weight.normal_(1, 0.3)
+    u, grad = torch.randn(b, l, d, requires_grad=True), torch.randn(b, l, d)
+
+    # chunk_size changes only the blocking, so each side runs at the sizes given and is judged by its best one
+    contestants = {}
+    for q in args.chunk_sizes:
+        ours_q = Mamba2Mixer(d, **shape, chunk_size=q)
+        ours_q.load_state_dict(ours.state_dict())
+        contestants["nano2", q] = forward_backward(ours_q, u, grad)
+        contestants["transformers", q] = forward_backward(their_mixer(ours, q), u, grad)
+    with_grad = {key: (run(), u.grad.clone()) for key, run in contestants.items()}
+    expected = with_grad["transformers", args.chunk_sizes[0]]
+    for (name, q), found in with_grad.items():
+        for what, x, y in zip(("outputs", "gradients of the input"), found, expected):
+            off = ((x - y).abs().max() / y.abs().max()).item()
+            if not off < 1e-4:
+                raise ValueError(f"{name} with chunks of {q}: {what} differ by {off:.1e} of the largest; nothing was timed")
+    print("outputs and input gradients agree to 1e-4 of the largest\n")
+
+    seconds = interleave(contestants, args.repeats)
+    median = {key: statistics.median(s) * 1e3 for key, s in seconds.items()}
+    print("chunk   nano2 ms   transformers ms   ratio")
+    for q in args.chunk_sizes:
+        mine, other = median["nano2", q], median["transformers", q]
+        print(f"{q:5d}   {mine:8.1f}   {other:15.1f}   {other / mine:5.2f}")
+    best = {name: min((median[name, q], q) for q in args.chunk_sizes) for name in ("nano2", "transformers")}
+    ratio = best["transformers"][0] / best["nano2"][0]
+    print(
+        f"\nmedians of {args.repeats} turns; each side at its best chunk size: nano2 {best['nano2'][0]:.1f} ms "
+        f"(chunk {best['nano2'][1]}), transformers {best['transformers'][0]:.1f} ms (chunk {best['transformers'][1]})"
+    )
+    print(f"nano2 is {ratio:.2f}x faster; the bar is {MIXER_BAR:g}x: {'met' if ratio >= MIXER_BAR else 'NOT met'}")
+    return 0 if ratio >= MIXER_BAR else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measured speed beside other people's code, on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    mixer = commands.add_parser(
+        "mixer", help="one Mamba-2 layer on the CPU, forward + backward, against transformers' PyTorch path",
+        description="Exit code 0 if the bar is met, 1 if it is not, 2 for bad input.",
+    )  # fmt: skip
+    mixer.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's own choice)")
+    mixer.add_argument("--repeats", type=positive, default=15, help="timed turns of each side (default 15)")
+    mixer.add_argument("--chunk-sizes", type=positive, nargs="+", default=[16, 32, 64, 128], metavar="Q",
+                       help="chunk sizes to try on both sides (default 16 32 64 128)")  # fmt: skip
+    mixer.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
+    mixer.set_defaults(run=bench_mixer)
+
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
