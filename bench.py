@@ -94,7 +94,10 @@ def bench_mixer(args):
     torch.manual_seed(args.seed)
     b, l, d, shape = 4, 512, 256, dict(num_heads=16, head_dim=32, n_groups=4, state_size=32, conv_kernel=4)
     print(f"{cpu_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}; float32")
-    print(f"Mamba-2 mixer, forward + backward: b {b}, l {l}, hidden {d}, " + ", ".join(f"{k} {v}" for k, v in shape.items()))
+    print(
+        f"Mamba-2 mixer, forward + backward: b {b}, l {l}, hidden {d}, "
+        + ", ".join(f"{k} {v}" for k, v in shape.items())
+    )
 
     ours = Mamba2Mixer(d, **shape)
     with torch.no_grad():  # all parameters random: nothing may be equal by accident
@@ -117,7 +120,9 @@ def bench_mixer(args):
         for what, x, y in zip(("outputs", "gradients of the input"), found, expected):
             off = ((x - y).abs().max() / y.abs().max()).item()
             if not off < 1e-4:
-                raise ValueError(f"{name} with chunks of {q}: {what} differ by {off:.1e} of the largest; nothing was timed")
+                raise ValueError(
+                    f"{name} with chunks of {q}: {what} differ by {off:.1e} of the largest; nothing was timed"
+                )
     print("outputs and input gradients agree to 1e-4 of the largest\n")
 
     seconds = interleave(contestants, args.repeats)

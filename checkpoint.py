@@ -76,7 +76,7 @@ REQUIRED = (
 LAYER_KINDS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 
 # Fields that would change the arithmetic, and the values this model computes; the first is the one we write. `expand`
-# is ignored on purpose: the inner width is mamba_num_heads * mamba_head_dim, and the released 9B fits no whole `expand`.
+# is ignored on purpose: the inner width is mamba_num_heads * mamba_head_dim, which the 9B has no `expand` for.
 FIXED = {
     "model_type": ("nemotron_h",),
     "mlp_hidden_act": ("relu2",),
@@ -157,8 +157,8 @@ def _pattern(d):
         )
     if "E" in pattern:
         raise CheckpointError(
-            f"{pattern.count('E')} of the checkpoint's {len(pattern)} layers are mixtures of experts (MoE), which are not "
-            f"part of this model: use one made of {', '.join(f'{k} ({v})' for k, v in LETTERS.items())}"
+            f"{pattern.count('E')} of the checkpoint's {len(pattern)} layers are mixtures of experts (MoE), which this "
+            f"model does not have: use one made of {', '.join(f'{k} ({v})' for k, v in LETTERS.items())}"
         )
     layers = d.get("num_hidden_layers")
     if layers is not None and layers != len(pattern):
@@ -450,8 +450,8 @@ def _weight_files(folder):
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:
         raise CheckpointError(
-            f"{folder} has its weights in pickle files only ({pickles[0]}), which are never unpickled, as that would run "
-            "any program inside: convert to safetensors"
+            f"{folder} has its weights in pickle files only ({pickles[0]}), which are never unpickled, as that would "
+            "run any program inside: convert to safetensors"
         )
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: copy the weights there")
 
@@ -671,14 +671,14 @@ def _check_training(path, file, keys, metadata, model, optimizer, groups):
         written = json.loads(metadata["optimizer"])
         if written["class"] != type(optimizer).__name__:
             raise CheckpointError(
-                f"{path} holds a state of {written['class']}, but this run uses {type(optimizer).__name__}: use the same"
+                f"{path} holds a state of {written['class']}, but this run has {type(optimizer).__name__}: use that"
             )
         saved_groups = {frozenset(group["names"]): group for group in written["groups"]}
         if saved_groups.keys() != {frozenset(group["names"]) for group in groups}:
             raise CheckpointError(
-                f"{path} has {sum(map(len, saved_groups))} parameters in {len(saved_groups)} optimizer groups, this run "
-                f"{sum(len(g['names']) for g in groups)} in {len(groups)}, or the groups differ: build the optimizer as "
-                "it was built then"
+                f"{path} has {sum(map(len, saved_groups))} parameters in {len(saved_groups)} optimizer groups, and this "
+                f"run {sum(len(g['names']) for g in groups)} in {len(groups)}, or grouped otherwise: build the "
+                "optimizer as it was built then"
             )
         parameters = dict(model.named_parameters())
         wanted |= {key: parameters[_owner(key)] for key in moments if _owner(key) in parameters}

@@ -27,7 +27,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -38,7 +37,7 @@ import checkpoint
 import data
 import evaluate
 import tasks
-from model import PRESETS, NemotronH, build, describe, flops_per_token
+from model import PRESETS, build, describe, flops_per_token
 from tokenizer import Tokenizer, train_bpe
 
 
@@ -92,7 +91,9 @@ def choose_device(wish):
     if wish not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {wish!r} is not one of auto, cpu, cuda")
     if wish == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for and PyTorch sees no CUDA device: use --device cpu, or check_env.py")
+        raise ValueError(
+            "--device cuda was asked for and PyTorch sees no CUDA device: use --device cpu, or check_env.py"
+        )
     if wish == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu"), "asked for" if wish == "cpu" else "PyTorch sees no CUDA device"
     index = int(os.environ.get("LOCAL_RANK", 0))
@@ -114,7 +115,10 @@ def choose_dtype(wish, device):
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
             return torch.bfloat16, f"compute capability {major}.{minor}"
-        return torch.float16, f"compute capability {major}.{minor} has no bfloat16; losses are scaled, the scan is float32"
+        return (
+            torch.float16,
+            f"compute capability {major}.{minor} has no bfloat16; losses are scaled, the scan is float32",
+        )
     if "amx_bf16" in _cpu_flags():
         return torch.bfloat16, "this CPU has AMX: bfloat16 matrix products are faster"
     return torch.float32, "this CPU has no bfloat16 matrix unit (AMX)"
@@ -144,11 +148,15 @@ def fill_in(config, device):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"--{name} must be above 0; got {getattr(config, name)}")
     if config.warmup + config.decay > 1:
-        raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are shares of the run: together at most 1")
+        raise ValueError(
+            f"--warmup {config.warmup} and --decay {config.decay} are shares of the run: together at most 1"
+        )
     if not 0 <= config.text_share <= 1:
         raise ValueError(f"--text-share is a share between 0 and 1; got {config.text_share}")
     if config.batch_rows % config.accumulate:
-        raise ValueError(f"--batch-rows {config.batch_rows} cannot be split into --accumulate {config.accumulate} parts")
+        raise ValueError(
+            f"--batch-rows {config.batch_rows} cannot be split into --accumulate {config.accumulate} parts"
+        )
     if config.compile not in ("auto", "on", "off"):
         raise ValueError(f"--compile {config.compile!r} is not one of auto, on, off")
     return replace(config, data_rows=max(config.data_rows, config.batch_rows))
@@ -225,3 +233,339 @@ def train_step(objective, optimizer, scaler, batch, config, autocast, world):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and data, made once and kept in out/data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_data(config, workers, say):
+    """(data folder, tokenizer, held-out texts). Reads text, trains the tokenizer, packs rows, or finds all of it."""
+    folder = Path(config.out) / "data"
+    size = config.data_rows * config.length * config.text_share * 4  # about four bytes a token
+    size = int(min(max(size, 1e6), 24e6))
+    start = time.time()
+    if config.text:
+        train, held = data.read_folder(config.text)
+        texts, held_out = {"prose": train}, {"text": held}
+        sources = {"prose": config.text_share}
+    else:
+        prose, code = (data.read_text(kind, share * size, workers) for kind, share in (("prose", 0.67), ("code", 0.33)))
+        texts, held_out = {"prose": prose[0], "code": code[0]}, {"prose": prose[1], "code": code[1]}
+        sources = {"prose": config.text_share * 0.67, "code": config.text_share * 0.33}
+    characters = sum(len(t) for part in texts.values() for t in part)
+    say(
+        f"  text: {characters / 1e6:.1f} MB from {config.text or 'the installed Python packages'}, {time.time() - start:.0f} s"
+    )
+    try:
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size != config.vocab:
+            raise ValueError
+    except (ValueError, OSError):
+        start, stream = time.time(), tasks.blend(Random("tokenizer"))
+        examples = [s for s, _ in zip(stream, range(min(30 * config.vocab, 60_000)))]
+        chat = "System\n\nUser\n{}\nAssistant\n{}\n{}\n"
+        spoken = [chat.format(s.question, s.trace, s.answer) for s in examples]
+        tokenizer = train_bpe(spoken + [t for part in texts.values() for t in part], config.vocab)
+        say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
+    task_share = 1 - config.text_share
+    blend = data.Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
+    texts = {k: v for k, v in texts.items() if k in blend.sources}
+    shares = data.prepare(folder, tokenizer, blend, config.data_rows, config.length, texts, config.seed, workers, say)
+    say(
+        "  blend, realised / intended: " + ", ".join(f"{k} {v:.1%} / {blend.sources[k]:.1%}" for k, v in shares.items())
+    )
+    return folder, tokenizer, held_out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Raised between steps after Ctrl-C or SIGTERM, so that nothing is cut in the middle."""
+
+
+def ask(model, tokenizer, questions, say):
+    """Answer questions and show the thoughts: what people watch while it learns."""
+    from generate import answer
+
+    for s in questions:
+        done = answer(model, tokenizer, s.question, max_new_tokens=len(s.trace) + len(s.answer) + 24)
+        right = tasks.check(s, done.answer) and tasks.check_trace(s, done.thought)
+        thought = " / ".join(done.thought.split("\n"))
+        say(f"    {s.question}  <think> {thought[:110]} </think>  {done.answer[:30]!r} {'(right)' if right else ''}")
+
+
+def run(config):
+    """Train; returns the record of the finished run (the last line of log.jsonl)."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device, device_reason = choose_device(config.device)
+    dtype, dtype_reason = choose_dtype(config.dtype, device)
+    config = fill_in(config, device)
+    if config.batch_rows % (world * config.accumulate):
+        raise ValueError(
+            f"--batch-rows {config.batch_rows} cannot be split over {world} processes times {config.accumulate} parts"
+        )
+    say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    out, started = Path(config.out), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    state_file = out / "training.safetensors"
+    same = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
+    if state_file.exists():
+        before = checkpoint.peek_training(state_file)["config"]
+        changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in same.items() if before.get(k) != v]
+        if changed:
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(changed[:4])}): use the same flags to resume it, "
+                "or another --out, or delete the folder to start anew"
+            )
+
+    # What was decided, and why
+    model_config = replace(PRESETS[config.preset], vocab_size=config.vocab or PRESETS[config.preset].vocab_size)
+    tokens = config.batch_rows * config.length
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    say(
+        f"device    {device} ({device_reason}{threads}); {world} process{'es' if world > 1 else ''}; torch {torch.__version__}"
+    )
+    say(
+        f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights and optimizer float32, SSM state float32"
+    )
+    say(f"preset    {config.preset}: " + describe(model_config).replace("\n", "\n          "))
+    say(
+        f"step      {config.batch_rows} rows of {config.length} = {tokens:,} tokens, in {config.accumulate} part(s); "
+        f"{config.steps} steps = {config.steps * tokens / 1e6:.1f} M tokens; peak learning rate {config.lr:g}"
+    )
+    say(f"compile   {'on (the first step takes a minute)' if compiled else 'off: plain PyTorch starts at once'}")
+
+    # Data: rank 0 prepares, the others wait and then find it there
+    if world > 1 and rank > 0:
+        dist.barrier()
+    folder, tokenizer, held_out = make_data(config, max(1, (os.cpu_count() or 1) // (1 if rank == 0 else world)), say)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    loader = data.Loader(folder, config.batch_rows, rank, world, config.seed)
+
+    torch.manual_seed(config.seed)
+    model = build(model_config, device)
+    objective = Objective(model, evaluate.token_bytes(tokenizer).to(device))
+    if compiled:
+        objective.compile()
+    if world > 1:
+        objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    step, log, seconds = 0, [], 0.0
+    if state_file.exists():
+        loop = checkpoint.load_training(state_file, model, optimizer)
+        step, seconds = loop["step"], loop["seconds"]
+        loader.restore(loop["loader"])
+        scaler.load_state_dict(loop["scaler"])
+        if rank == 0 and (out / "log.jsonl").exists():  # forget what was logged after the checkpoint
+            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+            log = [line for line in log if line.get("step", 0) <= step and "accuracy" not in line]
+        say(f"resume    at step {step} of {config.steps}")
+    if rank == 0:
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+    def save(final=False):
+        if rank > 0:
+            return
+        loop = {"step": step, "seconds": seconds + time.time() - clock, "config": same, "loader": loader.state(),
+                "scaler": scaler.state_dict()}  # fmt: skip
+        checkpoint.save_training(state_file, model, optimizer, loop)
+        if final:
+            checkpoint.save_pretrained(out, model, tokenizer)
+
+    def record(entry):
+        log.append(entry)
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    stopping = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stopping.append(number) or _second(stopping))
+    peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    flops = 3 * flops_per_token(model_config, config.length)
+    questions = tasks.bench_questions()
+    clock, window, waited, since = time.time(), torch.zeros(5, device=device), 0.0, step
+    window_clock = clock
+    say(f"ready after {clock - started:.0f} s; training (Ctrl-C saves)")
+    model.train()
+    try:
+        while step < config.steps:
+            before = time.time()
+            batch = [torch.from_numpy(a).to(device, non_blocking=True) for a in loader.next()]
+            waited += time.time() - before
+            rate = config.lr * wsd(step, config.steps, config.warmup, config.decay)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums, norm = train_step(objective, optimizer, scaler, batch, config, autocast, world)
+            window += sums
+            step += 1
+            if step % config.log_every == 0 or step in (1, config.steps):
+                if world > 1:
+                    dist.all_reduce(window)
+                task, text, tasks_n, text_n, text_bytes = window.tolist()  # waits for the device
+                now = time.time()
+                speed = (step - since) * tokens / (now - window_clock)
+                entry = {
+                    "step": step, "tokens": step * tokens, "seconds": round(seconds + now - clock, 2),
+                    "loss": (task + text) / max(1, tasks_n + text_n), "task_loss": task / max(1, tasks_n),
+                    "bits_per_byte": text / math.log(2) / max(1, text_bytes) if text_bytes else None,
+                    "norm": norm.item(), "lr": rate, "tokens_per_second": speed,
+                    "mfu": speed * flops / peak / world if peak else None, "memory_gib": memory_gib(device),
+                    "waiting": waited / (now - window_clock),
+                }  # fmt: skip
+                if not math.isfinite(entry["loss"]):
+                    raise ValueError(f"the loss is {entry['loss']} at step {step}: lower --lr (now {config.lr:g})")
+                record(entry)
+                left = (config.steps - step) * (now - window_clock) / (step - since)
+                bits = f"{entry['bits_per_byte']:.2f} bits/byte  " if text_bytes else ""
+                mfu = f"MFU {entry['mfu']:.1%}  " if peak else ""
+                say(
+                    f"step {step:5d}/{config.steps}  loss {entry['loss']:.3f}  tasks {entry['task_loss']:.3f}  {bits}"
+                    f"norm {entry['norm']:.2f}  lr {rate:.1e}  {speed:,.0f} tok/s  {mfu}{entry['memory_gib']:.1f} GiB  "
+                    f"waiting {entry['waiting']:.1%}  {left / 60:.1f} min left"
+                )
+                window.zero_()
+                window_clock, waited, since = time.time(), 0.0, step
+            if config.sample_every and rank == 0 and (step % config.sample_every == 0 or step == config.steps // 20):
+                ask(
+                    model,
+                    tokenizer,
+                    [questions[(step // config.sample_every + i) % len(questions)] for i in (0, 3)],
+                    say,
+                )
+                model.train()
+                window_clock += time.time() - now if step % config.log_every == 0 else 0
+            if step % config.save_every == 0 or step == config.steps:
+                save()
+            if stopping:
+                raise Stop
+    except Stop:
+        save(final=True)
+        say(f"stopped at step {step}; saved in {out}. The same command goes on: {command()}")
+        return {"stopped": step}
+    save(final=True)
+    total = seconds + time.time() - clock
+    say(f"trained {config.steps} steps in {total:.0f} s ({config.steps * tokens / total:,.0f} tokens/s)")
+    result = {"step": step, "seconds": round(total, 1), "parameters": sum(p.numel() for p in model.parameters())}
+    if rank == 0:
+        result |= finish(config, model, tokenizer, held_out, log, say)
+        result["wall_seconds"] = round(time.time() - started, 1)
+        record(result)
+        say(f"\nall done in {result['wall_seconds']:.0f} s. Next: python generate.py --checkpoint {shlex.quote(str(out))} "
+            f'"What is 58 + 67?"   or without a question, to chat')  # fmt: skip
+    if world > 1:
+        dist.barrier()
+    return result
+
+
+NOT_THE_RUN = {
+    "out",
+    "device",
+    "dtype",
+    "compile",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "eval_count",
+    "accumulate",
+}
+
+
+def finish(config, model, tokenizer, held_out, log, say):
+    """The end of a run: accuracy by family, bits per byte on held-out text, a plot."""
+    model.eval()
+    result = {}
+    texts = {k: evaluate.bits_per_byte(model, tokenizer, v, min(512, config.length)) for k, v in held_out.items() if v}
+    result["held_out_bits_per_byte"] = texts
+    say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in texts.items()))
+    if config.eval_count:
+        table = evaluate.accuracy(model, tokenizer, count=config.eval_count)
+        result["accuracy"] = table
+        say(f"exact match of trace and answer, {config.eval_count} held-out questions each, free generation:")
+        say(evaluate.format_table(table))
+    plot(log, Path(config.out) / "curve.png")
+    return result
+
+
+def plot(log, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [e for e in log if "loss" in e]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
+    millions = [e["tokens"] / 1e6 for e in lines]
+    left.plot(millions, [e["task_loss"] for e in lines], label="tasks: nats a token")
+    if any(e["bits_per_byte"] for e in lines):
+        left.plot(millions, [e["bits_per_byte"] for e in lines], label="text: bits a byte")
+    left.set(xlabel="million tokens", yscale="log", title="training loss")
+    left.legend()
+    right.plot(millions, [e["lr"] for e in lines])
+    right.set(xlabel="million tokens", title="learning rate: warm-up, stable, decay")
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def memory_gib(device):
+    """The most memory held so far: on a GPU by tensors, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def command():
+    return "python " + " ".join(map(shlex.quote, sys.argv))
+
+
+def _second(stopping):
+    if len(stopping) > 1:
+        raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
+
+
+def parse(argv=None):
+    """TrainConfig from the command line: each field is a flag, its comment the help."""
+    comments = {}
+    for line in Path(__file__).read_text("utf-8").splitlines():
+        name, _, comment = line.strip().partition("  # ")
+        if ": " in name and " = " in name:
+            comments.setdefault(name.split(":")[0], comment)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for f in fields(TrainConfig):
+        kind = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
+        default = "suits the preset" if f.default is None else f.default
+        text = (comments.get(f.name) or f.name.replace("_", " ")).replace("%", "%%")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"{text} ({default})")
+    return TrainConfig(**vars(parser.parse_args(argv)))
+
+
+def main(argv=None):
+    try:
+        run(parse(argv))
+    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,868 @@
+"""Checkpoints: folders round trip, to transformers and back; training resumes to the bit; bad input is told why."""
+
+import errno
+import json
+import math
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import THREE_GROUPS, neutralise_dt_floor, ours, reference
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import (
+    CheckpointError,
+    config_from_dict,
+    config_to_dict,
+    load_pretrained,
+    load_training,
+    peek_training,
+    save_pretrained,
+    save_training,
+)
+from model import PRESETS, ModelConfig, NemotronH
+from tokenizer import train_bpe
+
+IDS = torch.randint(0, 263, (2, 37), generator=torch.Generator().manual_seed(5))
+
+
+def same(a, b):
+    """Equal to the bit, names, dtypes and order of axes included."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def sentence(call, *words):
+    """`call` must raise a CheckpointError of one line that contains all the words."""
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) > 20, text
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+    return text
+
+
+def edit_json(path, **changes):
+    """Change (or, with ..., remove) fields of a JSON file."""
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_pretrained(tmp_path / "m", ours())
+    return tmp_path / "m"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, THREE_GROUPS, dict(use_bias=True, mlp_bias=True, attention_bias=True)])
+@pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 40_000, 1])
+def test_round_trip(tmp_path, overrides, max_shard_bytes):
+    model = ours(**overrides)
+    save_pretrained(tmp_path / "a" / "b", model, max_shard_bytes=max_shard_bytes)
+    loaded, tokenizer = load_pretrained(str(tmp_path / "a" / "b"))
+    assert same(model, loaded) and loaded.config == model.config and tokenizer is None and not loaded.training
+    assert torch.equal(model(IDS), loaded(IDS))
+    weights = sorted(p.name for p in (tmp_path / "a" / "b").glob("*.safetensors"))
+    if max_shard_bytes > 10**9:
+        assert sorted(os.listdir(tmp_path / "a" / "b")) == ["config.json", "model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "a" / "b" / "model.safetensors.index.json").read_text())
+        assert sorted(set(index["weight_map"].values())) == weights
+        assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+        for name, file in index["weight_map"].items():
+            stored = load_file(tmp_path / "a" / "b" / file)  # the library reads what we wrote by hand
+            assert torch.equal(stored[name], model.state_dict()[name])
+            assert len(stored) == 1 or sum(t.numel() * 4 for t in stored.values()) <= max_shard_bytes
+        assert len(weights) == (len(index["weight_map"]) if max_shard_bytes == 1 else len(weights)) and len(weights) > 2
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 60_000])
+def test_transformers_opens_ours(tmp_path, max_shard_bytes):
+    transformers = pytest.importorskip("transformers", reason="the reference implementation is a test extra")
+    model = ours(**THREE_GROUPS)
+    save_pretrained(tmp_path, model, max_shard_bytes=max_shard_bytes)
+    hf, info = transformers.NemotronHForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert hf.dtype == torch.float32 and hf.config.time_step_limit[1] == math.inf
+    with torch.no_grad():
+        assert (neutralise_dt_floor(hf.eval())(IDS).logits - model(IDS)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+def test_we_open_what_transformers_saves(tmp_path, shard):
+    model = ours(**THREE_GROUPS)
+    hf = reference(model)
+    hf.save_pretrained(tmp_path, max_shard_size=shard)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "layers_block_type" in written and "hybrid_override_pattern" not in written  # it is the other dialect
+    loaded, _ = load_pretrained(tmp_path)
+    assert same(model, loaded)
+    with torch.no_grad():
+        assert (hf(IDS).logits - loaded(IDS)).abs().max() < 2e-5
+
+
+def test_released_folder_with_its_quirks(tmp_path):
+    """bf16 weights, bare Infinity, torch_dtype, `embedding` in the singular, head_dim under its old name."""
+    model = ours(torch.bfloat16)
+    save_pretrained(tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_json(
+        tmp_path / "config.json", time_step_limit=[0.0, math.inf], head_dim=..., attention_head_dim=24, expand=2,
+        auto_map={"AutoConfig": "x"}, bos_token_id=None, eos_token_id=[12, 2],
+    )  # fmt: skip
+    assert "Infinity]" in (tmp_path / "config.json").read_text()
+    loaded, _ = load_pretrained(tmp_path)
+    assert loaded.config == model.config
+    wide = {n for n, p in loaded.named_parameters() if p.dtype == torch.float32}
+    assert wide == {n for n in model.state_dict() if n.endswith((".A_log", ".D", ".dt_bias"))} and wide
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert all(torch.equal(p, model.state_dict()[n].to(p.dtype)) for n, p in loaded.named_parameters())
+    assert torch.equal(loaded(IDS), model(IDS))  # both compute with the same bf16 values of A_log, D, dt_bias
+    save_pretrained(tmp_path / "again", loaded)
+    assert same(load_pretrained(tmp_path / "again")[0], loaded)
+
+
+def test_in_memory_names_of_transformers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {k.replace("backbone.", "model."): v for k, v in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, folder / "model.safetensors")
+    assert same(load_pretrained(folder)[0], ours())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, torch.float64, "torch.float32"])
+def test_dtype_asked_for(folder, dtype):
+    loaded, _ = load_pretrained(folder, dtype=dtype)
+    wanted = getattr(torch, str(dtype).removeprefix("torch."))
+    assert loaded.lm_head.weight.dtype == wanted
+    assert loaded.backbone.layers[0].mixer.A_log.dtype == torch.promote_types(wanted, torch.float32)
+    cache = loaded.new_cache(2, 40)
+    with torch.no_grad():
+        full = loaded(IDS)
+        parts = torch.cat(
+            [loaded(IDS[:, :20], cache=cache), *(loaded(IDS[:, i : i + 1], cache=cache) for i in (20, 21))], 1
+        )
+    assert (full[:, :22] - parts).abs().max() < {2: 0.2, 4: 1e-4, 8: 1e-10}[wanted.itemsize]
+
+
+def test_loaded_weights_do_not_depend_on_the_file_any_more(folder):
+    loaded, _ = load_pretrained(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = os.path.getsize(file.name)
+        file.write(b"\xff" * size)
+    assert same(loaded, ours())
+
+
+def test_tokenizer_travels(tmp_path):
+    tokenizer = train_bpe(["one and one is two"], 280)
+    model = ours(vocab_size=301)
+    save_pretrained(tmp_path, model, tokenizer)
+    assert load_pretrained(tmp_path)[1].ranks == tokenizer.ranks
+    save_pretrained(tmp_path, model)  # without one: what is there stays
+    assert load_pretrained(tmp_path)[1].ranks == tokenizer.ranks
+    sentence(lambda: save_pretrained(tmp_path / "x", ours(vocab_size=263), tokenizer), "280 ids", "263 rows")
+    assert not (tmp_path / "x").exists()
+    save_pretrained(tmp_path, ours(vocab_size=263))
+    sentence(lambda: load_pretrained(tmp_path), "280 ids", "263 rows")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    sentence(lambda: load_pretrained(tmp_path), "tokenizer")
+
+
+def test_other_files_stay_and_old_shards_go(tmp_path):
+    (tmp_path / "log.jsonl").write_text("kept")
+    (tmp_path / "model_notes.safetensors").write_text("kept")
+    for i, size in enumerate([20_000, 50_000, 10**9, 20_000]):
+        save_pretrained(tmp_path, ours(seed=i), max_shard_bytes=size)
+        assert same(load_pretrained(tmp_path)[0], ours(seed=i))
+        weights = {p.name for p in tmp_path.glob("model*")} - {"model_notes.safetensors"}
+        index = tmp_path / "model.safetensors.index.json"
+        named = {index.name, *json.loads(index.read_text())["weight_map"].values()} if index.exists() else set()
+        assert weights == (named or {"model.safetensors"})
+        assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
+    assert (tmp_path / "log.jsonl").read_text() == (tmp_path / "model_notes.safetensors").read_text() == "kept"
+
+
+def test_file_modes_follow_the_umask(folder):
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+# ---------------------------------------------------------------------------------------------------------------------
+
+GOOD = config_to_dict(ModelConfig())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_the_dialect(preset):
+    d = config_to_dict(PRESETS[preset], torch.bfloat16)
+    text = json.dumps(d, allow_nan=False)  # strict JSON
+    assert config_from_dict(json.loads(text)) == PRESETS[preset]
+    assert d["torch_dtype"] == "bfloat16" and d["num_hidden_layers"] == len(d["hybrid_override_pattern"])
+
+
+@pytest.mark.parametrize("kinds", [("linear_attention", "full_attention"), ("mamba", "attention")])
+def test_layers_block_type(kinds):
+    d = {k: v for k, v in GOOD.items() if k not in ("hybrid_override_pattern", "num_hidden_layers")}
+    listed = [dict(zip("M*-", (*kinds, "mlp")))[letter] for letter in "M-M*-M-"]
+    assert config_from_dict(d | {"layers_block_type": listed}).hybrid_override_pattern == "M-M*-M-"
+    sentence(lambda: config_from_dict(d | {"layers_block_type": listed + ["moe"]}), "MoE", "1 of", "8 layers")
+    sentence(lambda: config_from_dict(d | {"layers_block_type": ["conv"]}), "conv")
+    sentence(lambda: config_from_dict(d | {"layers_block_type": "mlp"}), "list")
+    sentence(lambda: config_from_dict(d | {"layers_block_type": []}), "pattern")
+    sentence(lambda: config_from_dict(GOOD | {"layers_block_type": ["mlp"]}), "contradicts", "M-M*-M-")
+
+
+@pytest.mark.parametrize("infinity", [math.inf, "Infinity", "inf", {"__float__": "Infinity"}])
+def test_time_step_limit(infinity):
+    assert config_from_dict(GOOD | {"time_step_limit": [0.0, infinity]}).time_step_limit == (0.0, math.inf)
+    config = config_from_dict(GOOD | {"time_step_limit": [0, 0.5]})
+    assert config.time_step_limit == (0.0, 0.5) and config_from_dict(config_to_dict(config)) == config
+
+
+def test_aliases():
+    other = {
+        "attention_head_dim": ("head_dim", 48), "mamba_n_groups": ("n_groups", 4), "mamba_d_conv": ("conv_kernel", 3),
+        "mamba_chunk_size": ("chunk_size", 8), "mamba_conv_bias": ("use_conv_bias", False),
+        "mamba_dt_min": ("time_step_min", 0.002), "mamba_dt_max": ("time_step_max", 0.2),
+        "mamba_dt_limit": ("time_step_limit", [0.0, 3.0]), "mamba_dt_init_floor": ("time_step_floor", 2e-4),
+    }  # fmt: skip
+    d = {k: v for k, v in GOOD.items() if k not in dict(other.values())} | {k: v for k, (_, v) in other.items()}
+    config = config_from_dict(d)
+    for name, value in other.values():
+        assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
+    sentence(lambda: config_from_dict(GOOD | {"mamba_d_conv": 3}), "contradicts", "conv_kernel 4", "3")
+    assert config_from_dict({k: v for k, v in GOOD.items() if k != "chunk_size"}).chunk_size == 128
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"hybrid_override_pattern": "M-MX"}, ["X"]),
+        ({"hybrid_override_pattern": "M-E"}, ["MoE"]),
+        ({"hybrid_override_pattern": ""}, ["M-M*-M-"]),
+        ({"hybrid_override_pattern": 7}, ["7"]),
+        ({"hybrid_override_pattern": None}, ["neither"]),
+        ({"num_hidden_layers": 8}, ["8", "7 letters"]),
+        ({"model_type": "llama"}, ["llama", "nemotron_h"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings"]),
+        ({"residual_in_fp32": True}, ["residual_in_fp32"]),
+        ({"sliding_window": 512}, ["sliding_window 512"]),
+        ({"mlp_hidden_act": "gelu"}, ["gelu", "relu2"]),
+        ({"mamba_hidden_act": "relu"}, ["relu", "silu"]),
+        ({"num_nextn_predict_layers": 1}, ["num_nextn_predict_layers"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"hidden_size": "128"}, ["'128'", "int"]),
+        ({"hidden_size": 128.0}, ["128.0"]),
+        ({"hidden_size": 0}, ["hidden_size", "0"]),
+        ({"vocab_size": True}, ["True"]),
+        ({"use_bias": 1}, ["use_bias", "bool"]),
+        ({"layer_norm_epsilon": "tiny"}, ["tiny"]),
+        ({"n_groups": 3}, ["multiple"]),
+        ({"num_key_value_heads": 3}, ["multiple"]),
+        ({"time_step_limit": [1, 0]}, ["time_step_limit"]),
+        ({"time_step_limit": 0.1}, ["0.1"]),
+        ({"time_step_limit": [0.0, {"__int__": 3}]}, ["__int__"]),
+        ({"time_step_limit": [0.0, float("nan")]}, ["nan"]),
+    ],
+)
+def test_configs_that_are_not_this_model(folder, change, words):
+    sentence(lambda: config_from_dict(GOOD | change), *words)
+    edit_json(folder / "config.json", **change)
+    sentence(lambda: load_pretrained(folder), *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that are damaged
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace_by_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def swap_entry(name, make):
+    return lambda folder: change_tensors(folder, lambda t: t.update({name: make(t[name])}))
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (shutil.rmtree, ["does not exist"]),
+        (lambda f: (shutil.rmtree(f), f.write_text("x")), ["is a file"]),
+        (lambda f: (f / "config.json").unlink(), ["config.json"]),
+        (lambda f: (f / "config.json").write_text('{"hidden_size": 64,'), ["not valid JSON"]),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ["not valid JSON"]),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), ["not valid JSON"]),
+        (lambda f: (f / "config.json").write_text("[1, 2]"), ["list"]),
+        (lambda f: edit_json(f / "config.json", torch_dtype="int8"), ["int8", "bfloat16"]),
+        (lambda f: edit_json(f / "config.json", torch_dtype=["float32"]), ["dtype"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["neither"]),
+        (replace_by_pickle, ["pytorch_model.bin", "never unpickled", "convert"]),
+        (lambda f: halve(f / "model.safetensors"), ["cut short", "bytes"]),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), ["cut short", "(0 bytes)"]),
+        (lambda f: (f / "model.safetensors").write_bytes(b"<html>404</html>"), ["safetensors"]),
+        (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**60)), ["safetensors"]),
+        (lambda f: edit_json(f / "config.json", vocab_size=264), ["(263, 64)", "(264, 64)", "embeddings"]),
+        (lambda f: edit_json(f / "config.json", intermediate_size=111), ["(112, 64)", "(111, 64)"]),
+        (
+            lambda f: edit_json(f / "config.json", hybrid_override_pattern="M-M*-M--", num_hidden_layers=8),
+            ["lacks 3 of", "layers.7"],
+        ),
+        (
+            lambda f: edit_json(f / "config.json", hybrid_override_pattern="M-M*-M", num_hidden_layers=6),
+            ["3 tensors", "layers.6"],
+        ),
+        (lambda f: change_tensors(f, lambda t: t.pop("lm_head.weight")), ["lacks 1", "lm_head.weight"]),
+        (lambda f: change_tensors(f, lambda t: t.update(extra=torch.ones(2))), ["1 tensors", "extra"]),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({"model.norm_f.weight": torch.ones(64)})),
+            ["twice", "norm_f"],
+        ),
+        (swap_entry("lm_head.weight", lambda t: t.to(torch.int8)), ["I8", "lm_head.weight"]),
+        (swap_entry("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn)), ["F8_E4M3", "lm_head.weight"]),
+        (swap_entry("lm_head.weight", lambda t: t.T.contiguous()), ["(64, 263)", "(263, 64)"]),
+    ],
+)
+def test_damaged_folder(folder, damage, words):
+    assert same(load_pretrained(folder)[0], ours())
+    damage(folder)
+    sentence(lambda: load_pretrained(folder), *words)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda f: (f / "model-00002-of-00005.safetensors").unlink(), ["1 of the 5", "model-00002-of-00005"]),
+        (lambda f: halve(f / "model-00003-of-00005.safetensors"), ["model-00003-of-00005", "cut short"]),
+        (lambda f: halve(f / "model.safetensors.index.json"), ["index.json", "not valid JSON"]),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["weight_map"]),
+        (lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"a": "../m.safetensors"}), ["weight_map"]),
+        (lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"a": 3}), ["weight_map"]),
+        (
+            lambda f: shutil.copy(f / "model-00001-of-00005.safetensors", f / "model-00004-of-00005.safetensors"),
+            ["twice"],
+        ),
+    ],
+)
+def test_damaged_shards(tmp_path, damage, words):
+    save_pretrained(tmp_path, ours(), max_shard_bytes=90_000)
+    assert len(list(tmp_path.glob("model-*"))) == 5
+    damage(tmp_path)
+    sentence(lambda: load_pretrained(tmp_path), *words)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", 3.5, "cuda:99"] + ["cuda"] * (not torch.cuda.is_available()))
+def test_devices_that_are_not_there(folder, device):
+    sentence(lambda: load_pretrained(folder, device=device), str(device))
+
+
+def test_bad_arguments(folder, tmp_path):
+    sentence(lambda: load_pretrained(folder, dtype="int4"), "int4")
+    sentence(lambda: load_pretrained(folder, dtype=torch.int64), "int64")
+    for size in (0, -1, 2.5, True):
+        sentence(lambda: save_pretrained(tmp_path / "x", ours(), max_shard_bytes=size), repr(size))
+    assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing that fails, or is cut short
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        sentence(lambda: save_pretrained(place, ours()), str(place), "file is where a folder should be")
+    sentence(lambda: save_training(tmp_path / "file" / "t", ours(), None, {}), "file is where a folder should be")
+    (tmp_path / "t").mkdir()
+    sentence(lambda: save_training(tmp_path / "t", ours(), None, {}), "reverse")
+    assert sorted(os.listdir(tmp_path)) == ["file", "t"]
+    real = open
+
+    def refuse(path, mode="r", **options):
+        if "w" in mode:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, mode, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    sentence(lambda: save_pretrained(tmp_path / "n", ours()), "Permission denied", "permissions")
+    sentence(lambda: save_training(tmp_path / "n", ours(), None, {}), "Permission denied", "permissions")
+    assert sorted(os.listdir(tmp_path)) == ["file", "t"]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    sentence(lambda: save_pretrained(tmp_path / "m", ours()), "permissions")
+    sentence(lambda: save_training(tmp_path / "t", ours(), None, {}), "permissions")
+
+
+def test_disk_full(tmp_path):
+    """A real limit in the middle of a file: what was there stays whole, and nothing half-written is left."""
+    resource = pytest.importorskip("resource", reason="file size limits are a Unix thing")
+    old, new = ours(seed=0), ours(seed=1)
+    save_pretrained(tmp_path / "m", old)
+    save_training(tmp_path / "t", old, None, {"step": 3})
+    before = sorted(p for p in tmp_path.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        sentence(lambda: save_pretrained(tmp_path / "m", new), "free some space")
+        sentence(lambda: save_pretrained(tmp_path / "other", new), "free some space")
+        sentence(lambda: save_training(tmp_path / "t", new, None, {"step": 4}), "free some space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    assert same(load_pretrained(tmp_path / "m")[0], old) and peek_training(tmp_path / "t") == {"step": 3}
+
+
+class Killed(BaseException):
+    """As if the power went: nothing after it runs, so `except` and `finally` that tidy up are disabled too."""
+
+
+class Calls:
+    """Counts calls that change the disk and kills at the k-th, before or after it takes effect."""
+
+    WATCHED = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (Path, "unlink")]
+    WATCHED += [(Path, "rmdir"), (Path, "mkdir")]
+
+    def __init__(self, monkeypatch, k=None, after=False):
+        self.k, self.after, self.count, self.dead = k, after, 0, False
+        for where, name in self.WATCHED:
+            monkeypatch.setattr(where, name, self.watch(getattr(where, name)))
+        monkeypatch.setattr(shutil, "rmtree", self.watch(shutil.rmtree))
+
+    def watch(self, real):
+        def call(*args, **kwargs):
+            if self.dead:
+                raise Killed
+            self.count += 1
+            hit = self.count == self.k
+            self.dead = hit and not self.after
+            if self.dead:
+                raise Killed
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if hit:
+                    self.dead = True
+                    raise Killed
+
+        return call
+
+
+def kill_points(save):
+    """Run `save(i)` once to count its calls to the disk, then yield a context for a kill before and after each."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(patch)
+        save()
+    assert calls.count >= 3
+    return [(k, after) for k in range(1, calls.count + 1) for after in (False, True)]
+
+
+@pytest.mark.parametrize("old_size, new_size", [(10**9, 10**9), (60_000, 150_000), (10**9, 90_000), (90_000, 10**9)])
+def test_kill_at_every_call_leaves_old_or_new_folder(tmp_path, old_size, new_size):
+    """Weights, pattern, vocabulary and tokenizer all change, so that a mixture cannot pass for either."""
+    old, new = ours(vocab_size=290), ours(seed=1, hybrid_override_pattern="M*-", vocab_size=301)
+    old_tokenizer, new_tokenizer = train_bpe(["aaaa bbbb"], 274), train_bpe(["one and one"], 276)
+    new_tokenizer.chat_template = "new {{ x }}"
+    seen = set()
+
+    def prepare():
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        save_pretrained(tmp_path / "m", old, old_tokenizer, max_shard_bytes=old_size)
+
+    def save():
+        save_pretrained(tmp_path / "m", new, new_tokenizer, max_shard_bytes=new_size)
+
+    prepare()
+    for k, after in kill_points(save):
+        prepare()
+        with pytest.MonkeyPatch.context() as patch:
+            Calls(patch, k, after)
+            with pytest.raises(Killed):
+                save()
+        model, tokenizer = load_pretrained(tmp_path / "m")
+        which = "new" if same(model, new) else "old"
+        assert same(model, new if which == "new" else old), (k, after)
+        wanted = new_tokenizer if which == "new" else old_tokenizer
+        assert tokenizer.ranks == wanted.ranks and tokenizer.chat_template == wanted.chat_template, (k, after)
+        seen.add(which)
+        save()  # and the next save works, and tidies
+        assert same(load_pretrained(tmp_path / "m")[0], new)
+        assert not any(p.name.startswith(".") for p in (tmp_path / "m").iterdir())
+    assert seen == {"old", "new"}
+
+
+def test_kill_at_every_call_leaves_old_or_new_training_file(tmp_path):
+    path, (old, new) = tmp_path / "out" / "training.safetensors", (ours(seed=0), ours(seed=1))
+    seen = set()
+    save_training(path, old, None, {"step": 1})
+    for k, after in kill_points(lambda: save_training(path, new, None, {"step": 2})):
+        save_training(path, old, None, {"step": 1})
+        with pytest.MonkeyPatch.context() as patch:
+            Calls(patch, k, after)
+            with pytest.raises(Killed):
+                save_training(path, new, None, {"step": 2})
+        restored = ours(seed=2)
+        step = load_training(path, restored)["step"]
+        assert same(restored, [old, new][step - 1])
+        seen.add(step)
+        save_training(path, new, None, {"step": 2})
+        assert os.listdir(path.parent) == [path.name]
+    assert seen == {1, 2}
+
+
+def test_real_kills(tmp_path):
+    """SIGKILL at random moments of a process that does nothing but save."""
+    script = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from reference import ours\nfrom checkpoint import *\n"
+        "step = 0\n"
+        "models = [ours(seed=i, hybrid_override_pattern=p) for i, p in enumerate(('M*-', 'M-M*-'))]\n"
+        "while True:\n"
+        "    step += 1\n"
+        "    save_training(sys.argv[1] + '/t', models[0], None, {'step': step})\n"
+        "    save_pretrained(sys.argv[1] + '/m', models[step % 2], max_shard_bytes=10**9 if step % 2 else 60_000)\n"
+        "    if step == 1: print('go', flush=True)\n"
+    )
+    chance, root = random.Random(0), Path(checkpoint.__file__).parent
+    models = [ours(seed=i, hybrid_override_pattern=p) for i, p in enumerate(("M*-", "M-M*-"))]
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), str(root), str(root / "tests")], stdout=subprocess.PIPE
+        )
+        assert child.stdout.readline() == b"go\n"
+        time.sleep(0.3 * chance.random())
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        assert load_training(tmp_path / "t", restored := ours(seed=5, hybrid_override_pattern="M*-"))["step"] >= 1
+        assert same(restored, models[0])
+        loaded = load_pretrained(tmp_path / "m")[0]
+        assert any(same(loaded, model) for model in models)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, **options):
+    """Two groups, as the trainer has: matrices decay, vectors do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), **options)
+
+
+def steps(model, optimizer, n, first=0):
+    """n steps on data drawn from all three generators, so that a forgotten one shows."""
+    model.train()
+    for i in range(first, first + n):
+        lr = torch.tensor(3e-3 / (1 + i)).item()
+        for group in optimizer.param_groups:
+            group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else group.update(lr=lr)
+        shift = random.randrange(50) + int(np.random.randint(50))
+        ids = (torch.randint(0, 200, (2, 19)) + shift) % 263
+        loss = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def seed(n):
+    torch.manual_seed(n), random.seed(n), np.random.seed(n)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}])
+def test_resume_to_the_bit(tmp_path, options):
+    path = tmp_path / "training.safetensors"
+    seed(1)
+    model = ours()
+    optimizer = make_optimizer(model, **options)
+    steps(model, optimizer, 3)
+    loop = {
+        "step": 3,
+        "data": {"file": "a", "at": [1, 2**60]},
+        "ema": 0.1 + 0.2,
+        "scaler": None,
+        "t": (1, "x"),
+        "b": True,
+    }
+    torch.randn(3), random.gauss(0, 1), np.random.standard_normal()  # generators caught with half a pair in hand
+    save_training(path, model, optimizer, loop)
+    for_all_to_see = dict(loop, t=[1, "x"])
+    assert peek_training(path) == for_all_to_see
+    loss = steps(model, optimizer, 3, first=3)
+
+    seed(2)
+    resumed = ours(seed=7)
+    optimizer2 = make_optimizer(resumed, **options)
+    for group in optimizer2.param_groups:
+        group["lr"], group["weight_decay"] = 9.0, 9.0
+    steps(resumed, optimizer2, 1)  # it has a state of its own, to be replaced
+    assert load_training(str(path), resumed, optimizer2) == for_all_to_see
+    assert [g["weight_decay"] for g in optimizer2.param_groups] == [0.1, 0.0]
+    assert optimizer2.param_groups[0]["betas"] == (0.9, 0.95)
+    assert steps(resumed, optimizer2, 3, first=3) == loss
+    assert same(model, resumed)
+    for p, q in zip(model.parameters(), resumed.parameters()):
+        assert optimizer.state[p].keys() == optimizer2.state[q].keys() and "exp_avg" in optimizer.state[p]
+        assert all(torch.equal(optimizer.state[p][k], optimizer2.state[q][k]) for k in optimizer.state[p])
+    assert torch.equal(torch.rand(3), torch.rand(3)) is False  # the generator runs on
+
+
+def test_generators_are_restored(tmp_path):
+    seed(3)
+    draw = lambda: (torch.rand(2).tolist(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), random.random())
+    draw()
+    save_training(tmp_path / "t", ours(), None, {})
+    first = draw()
+    assert draw() != first
+    load_training(tmp_path / "t", ours())
+    assert draw() == first
+
+
+def test_file_can_be_read_by_names(tmp_path):
+    model = ours()
+    optimizer = make_optimizer(model)
+    steps(model, optimizer, 1)
+    save_training(tmp_path / "t", model, optimizer, {})
+    stored = load_file(tmp_path / "t")
+    name = "backbone.layers.3.mixer.q_proj.weight"
+    parameter = dict(model.named_parameters())[name]
+    assert torch.equal(stored[f"model.{name}"], parameter)
+    assert torch.equal(stored[f"exp_avg.{name}"], optimizer.state[parameter]["exp_avg"])
+    assert torch.equal(stored[f"exp_avg_sq.{name}"], optimizer.state[parameter]["exp_avg_sq"])
+    assert stored[f"step.{name}"].item() == 1
+
+
+def test_order_of_parameters_does_not_matter(tmp_path):
+    model, other = ours(), ours(seed=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps(model, optimizer, 1)
+    save_training(tmp_path / "t", model, optimizer, {})
+    backwards = torch.optim.AdamW(list(other.parameters())[::-1])
+    load_training(tmp_path / "t", other, backwards)
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(optimizer.state[p]["exp_avg"], backwards.state[q]["exp_avg"]), name
+
+
+def test_optimizer_without_state_and_frozen_parameters(tmp_path):
+    model = ours()
+    save_training(tmp_path / "t", model, make_optimizer(model), {"step": 0})
+    other = ours(seed=1)
+    optimizer = make_optimizer(other)
+    steps(other, optimizer, 1)
+    load_training(tmp_path / "t", other, optimizer)
+    assert same(model, other) and not optimizer.state
+    model.lm_head.weight.requires_grad_(False)
+    optimizer = make_optimizer(model)
+    steps(model, optimizer, 1)
+    save_training(tmp_path / "t", model, optimizer, {})
+    load_training(tmp_path / "t", other, optimizer2 := make_optimizer(other))
+    assert other.lm_head.weight not in optimizer2.state and len(optimizer2.state) == len(optimizer.state) > 40
+
+
+def test_optimizer_state_is_restored_in_place_and_steps_where_they_belong(tmp_path):
+    model = ours()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25), capturable=True, foreach=False)
+    optimizer.state[model.lm_head.weight] = {
+        "step": torch.tensor(5.0), "exp_avg": torch.full((263, 64), 2.0), "exp_avg_sq": torch.full((263, 64), 3.0)
+    }  # fmt: skip
+    save_training(tmp_path / "t", model, optimizer, {})
+    lr, state = optimizer.param_groups[0]["lr"], dict(optimizer.state[model.lm_head.weight])
+    weights = model.lm_head.weight.data_ptr()
+    lr.fill_(1.0)
+    for tensor in state.values():
+        tensor.zero_()
+    load_training(tmp_path / "t", model, optimizer)
+    assert optimizer.param_groups[0]["lr"] is lr and lr.item() == 0.25 and model.lm_head.weight.data_ptr() == weights
+    assert all(optimizer.state[model.lm_head.weight][k] is tensor for k, tensor in state.items())
+    assert [t.max().item() for t in state.values()] == [5, 2, 3]
+    assert optimizer.param_groups[0]["capturable"] is True
+    plain = torch.optim.AdamW(model.parameters())
+    load_training(tmp_path / "t", model, plain)
+    assert plain.param_groups[0]["lr"] == 0.25 and plain.param_groups[0]["capturable"] is False
+
+
+def test_training_mismatch(tmp_path):
+    path, model = tmp_path / "t", ours()
+    optimizer = make_optimizer(model)
+    steps(model, optimizer, 1)
+    save_training(path, model, optimizer, {"step": 1})
+    wide, deep = ours(vocab_size=264), ours(hybrid_override_pattern="M-M*-M")
+    sentence(lambda: load_training(path, wide), "vocab_size 263 (now 264)")
+    sentence(lambda: load_training(path, deep), "hybrid_override_pattern 'M-M*-M-' (now 'M-M*-M')")
+    sentence(lambda: load_training(path, ours(torch.bfloat16)), "torch_dtype 'float32' (now 'bfloat16')")
+    other = ours(seed=4)
+    sentence(lambda: load_training(path, other, torch.optim.SGD(other.parameters())), "AdamW", "SGD")
+    sentence(lambda: load_training(path, other, torch.optim.AdamW(other.parameters())), "2 optimizer groups", "in 1")
+    sentence(lambda: load_training(path, other, torch.optim.AdamW([other.lm_head.weight])), "groups")
+    sentence(lambda: load_training(path, other, make_optimizer(ours())), "not this model's")
+    sentence(lambda: save_training(path, other, optimizer, {}), "not this model's")
+    assert same(other, ours(seed=4))  # nothing is half loaded
+    save_training(path, model, None, {})
+    sentence(lambda: load_training(path, other, make_optimizer(other)), "without an optimizer")
+
+
+def test_training_file_of_another_version(tmp_path):
+    path, model = tmp_path / "t", ours()
+    optimizer = make_optimizer(model)
+    steps(model, optimizer, 1)
+    save_training(path, model, optimizer, {"step": 1})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for change in (
+        {"model.lm_head.weight": None},
+        {"model.extra": torch.ones(2)},
+        {"model.lm_head.weight": torch.ones(3, 4)},
+        {"exp_avg.lm_head.weight": torch.ones(3, 4)},
+    ):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file(changed, path, metadata)
+        other = ours(seed=4)
+        text = sentence(lambda: load_training(path, other, make_optimizer(other)), "another version")
+        assert next(iter(change)) in text and same(other, ours(seed=4))
+
+
+def test_not_a_training_file(folder, tmp_path):
+    for read in (peek_training, lambda path: load_training(path, ours())):
+        sentence(lambda: read(tmp_path / "no"), "does not exist")
+        sentence(lambda: read(tmp_path), "not a file")
+        sentence(lambda: read(folder / "model.safetensors"), "load_pretrained")
+        sentence(lambda: read(folder / "config.json"), "safetensors")
+    save_training(tmp_path / "t", ours(), None, {})
+    halve(tmp_path / "t")
+    sentence(lambda: peek_training(tmp_path / "t"), "cut short")
+
+
+@pytest.mark.parametrize(
+    "loop, words",
+    [
+        ({"loss": torch.tensor(1.0)}, ["loop['loss']", "Tensor"]),
+        ({"a": [0, {"b": {1, 2}}]}, ["loop['a'][1]['b']", "set"]),
+        ({"a": {3: "x"}}, ["loop['a']", "key 3"]),
+        ({"a": np.float64(1.0)}, ["float64"]),
+        ({"a": np.int64(1)}, ["int64"]),
+        ({"a": b"x"}, ["bytes"]),
+    ],
+)
+def test_loops_that_json_would_change(tmp_path, loop, words):
+    sentence(lambda: save_training(tmp_path / "t", ours(), None, loop), *words)
+    assert not os.listdir(tmp_path)
+
+
+def test_header_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HEADER_LIMIT", 30_000)
+    save_training(tmp_path / "t", ours(), None, {"x": "y"})
+    sentence(lambda: save_training(tmp_path / "t", ours(), None, {"x": "y" * 30_000}), "30,000", "loop")
+    assert os.listdir(tmp_path) == ["t"] and peek_training(tmp_path / "t") == {"x": "y"}
+
+
+def test_nothing_unpickles():
+    """No import of pickle, no torch.load or torch.save, in the source of the module."""
+    source = Path(checkpoint.__file__).read_text()
+    assert not re.search(r"torch\.(load|save)\b|^\s*(import|from) (pickle|shelve|joblib)|allow_pickle", source, re.M)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_opening_needs_little_memory(tmp_path):
+    """While a folder is opened the process never holds a second copy of its weights, not even of one shard."""
+    config = ModelConfig(hidden_size=1024, intermediate_size=8192, hybrid_override_pattern="-" * 6, vocab_size=263)
+    with torch.device("meta"):
+        model = NemotronH(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")  # 193 MiB
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    save_pretrained(tmp_path, model)
+    root = Path(checkpoint.__file__).parent
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "import checkpoint\n"
+        "def private(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) // 1024\n"
+        "samples, real = [], torch.nn.Parameter\n"
+        "def sampled(*args): samples.append(private()); return real(*args)\n"
+        "before, torch.nn.Parameter = private(), sampled\n"
+        "model, _ = checkpoint.load_pretrained(sys.argv[1])\n"
+        "print(max(samples) - before, sum(p.numel() for p in model.parameters()) * 2 // 2**20)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(root)], capture_output=True, text=True)
+    grown, size = map(int, out.stdout.split())
+    assert size > 190 and 0.8 * size < grown < 1.2 * size, (grown, size, out.stderr)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}])
+def test_gpu_resume_and_folders(tmp_path, options):
+    seed(1)
+    model = ours().cuda()
+    optimizer = make_optimizer(model, **options)
+
+    def one():
+        ids = torch.randint(0, 263, (2, 19), device="cuda")
+        model(ids).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one()
+    save_training(tmp_path / "t", model, optimizer, {})
+    after_save = torch.rand(3, device="cuda")
+    saved = {n: p.clone() for n, p in model.state_dict().items()}
+    one()
+    load_training(tmp_path / "t", model, optimizer)
+    assert torch.equal(torch.rand(3, device="cuda"), after_save)
+    assert all(torch.equal(saved[n], p) for n, p in model.state_dict().items())
+    fresh = ours(seed=3).cuda()
+    optimizer2 = make_optimizer(fresh, **options)
+    load_training(tmp_path / "t", fresh, optimizer2)
+    for p, q in zip(model.parameters(), fresh.parameters()):
+        for kind, value in optimizer.state[p].items():
+            assert optimizer2.state[q][kind].device == value.device and torch.equal(optimizer2.state[q][kind], value)
+    load_training(tmp_path / "t", on_cpu := ours(seed=3), make_optimizer(on_cpu))
+    assert all(torch.equal(saved[n].cpu(), p) for n, p in on_cpu.state_dict().items())
+    save_pretrained(tmp_path / "m", fresh)
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        loaded, _ = load_pretrained(tmp_path / "m", device)
+        assert same(loaded, fresh) and {p.device for p in loaded.parameters()} == {torch.device("cuda", 0)}
+    half, _ = load_pretrained(tmp_path / "m", "cuda", "bfloat16")
+    assert half.lm_head.weight.dtype == torch.bfloat16 and half.backbone.layers[0].mixer.D.dtype == torch.float32
