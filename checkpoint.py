@@ -224,6 +224,8 @@ def _write_safetensors(path, tensors, metadata):
     order, header, end = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)), {"__metadata__": metadata}, 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        if tensors[name].dtype not in STORED_AS:
+            raise CheckpointError(f"{name} is {tensors[name].dtype}, which is not written here: convert it first")
         header[name] = {"dtype": STORED_AS[tensors[name].dtype], "shape": list(tensors[name].shape)}
         header[name]["data_offsets"] = [start, end]
     text = json.dumps(header).encode()
@@ -277,6 +279,8 @@ def _writing(path):
         else:
             why = "choose another place"
         raise CheckpointError(f"cannot write {path} ({error.strerror or error}); {why}") from None
+    except ValueError as error:  # the tokenizer's own sentence
+        raise CheckpointError(str(error)) from None
 
 
 def _open(path, device="cpu"):
@@ -329,8 +333,13 @@ def load_pretrained(folder, device="cpu", dtype=None):
     d = _read_json(_find(folder, "config.json"))
     config = config_from_dict(d)
     dtype = _dtype(dtype or d.get("dtype") or d.get("torch_dtype") or "float32")
-    with torch.device("meta"):
-        model = NemotronH(config)
+    try:
+        with torch.device("meta"):
+            model = NemotronH(config)
+    except (RuntimeError, OverflowError, TypeError):
+        raise CheckpointError(
+            f"{folder} asks for tensors larger than any machine can address: check config.json"
+        ) from None
     sources = _match(folder, [_open(path, device) for path in _weight_files(folder)], dict(model.named_parameters()))
     try:
         for name, (file, key) in sources.items():
@@ -350,7 +359,7 @@ def load_pretrained(folder, device="cpu", dtype=None):
 
 
 def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
-    """Write a folder that `load_pretrained`, transformers, vLLM and llama.cpp's converter open.
+    """Write a folder that `load_pretrained` and transformers (5.15 and later) open.
 
     tokenizer None leaves a tokenizer that is already there alone. Weights above max_shard_bytes are split into several
     files with an index. Other files in the folder are not touched. If this fails or is killed, the folder holds either
@@ -387,7 +396,7 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
                 weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
                 _write_json(saving / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             if tokenizer is not None:
-                _save_tokenizer(tokenizer, saving)
+                tokenizer.save(saving)
             _write_json(saving / "config.json", config_to_dict(model.config, model.lm_head.weight.dtype))
             _fsync_folder(saving)
             os.replace(saving, folder / SAVED)  # from here on the new model counts
@@ -412,10 +421,9 @@ def _finish(folder):
     new = {path.name for path in saved.iterdir()}
     if new & {SINGLE, INDEX}:
         keep = {SINGLE} if SINGLE in new else {INDEX, *_read_json(saved / INDEX)["weight_map"].values()}
-        for path in folder.glob("model*.safetensors*"):
-            if path.name not in keep and re.fullmatch(
-                r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name
-            ):
+        ours = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+        for path in folder.iterdir():
+            if ours.fullmatch(path.name) and path.name not in keep:
                 path.unlink()
     last = [SINGLE, INDEX, *TOKENIZER_FILES, "config.json"]
     for name in sorted(new, key=lambda name: (last.index(name) + 1 if name in last else 0, name)):
@@ -490,15 +498,6 @@ def _match(folder, files, wanted):
                 f"{name} is stored as {stored} in {folder}; only {', '.join(FLOATS)} can be read: undo the quantisation"
             )
     return sources
-
-
-def _save_tokenizer(tokenizer, folder):
-    try:
-        tokenizer.save(folder)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def _load_tokenizer(folder, config):
@@ -647,11 +646,10 @@ def load_training(path, model, optimizer=None):
 def _check_training(path, file, keys, metadata, model, optimizer, groups):
     """Compare a training file with what it is to be loaded into, by its header; return its groups by their names."""
     saved, now = json.loads(metadata["config"]), config_to_dict(model.config, model.lm_head.weight.dtype)
-    differ = [
-        name for name in now if saved.get(name) != now[name] and name not in ("num_hidden_layers", "rms_norm_eps")
-    ]
+    twins = ("num_hidden_layers", "rms_norm_eps")  # say again what another field says
+    differ = [name for name in now.keys() & saved.keys() - set(twins) if saved[name] != now[name]]
     if differ:
-        told = ", ".join(f"{name} {saved.get(name)!r} (now {now[name]!r})" for name in differ[:3])
+        told = ", ".join(f"{name} {saved[name]!r} (now {now[name]!r})" for name in sorted(differ)[:3])
         raise CheckpointError(
             f"{path} was written by another model, with {told}{', ...' if len(differ) > 3 else ''}: give the same "
             "preset and flags as then, or start in another folder"
@@ -671,12 +669,12 @@ def _check_training(path, file, keys, metadata, model, optimizer, groups):
         written = json.loads(metadata["optimizer"])
         if written["class"] != type(optimizer).__name__:
             raise CheckpointError(
-                f"{path} holds a state of {written['class']}, but this run has {type(optimizer).__name__}: use that"
+                f"{path} holds a state of {written['class']}, this run has {type(optimizer).__name__}: use that"
             )
         saved_groups = {frozenset(group["names"]): group for group in written["groups"]}
         if saved_groups.keys() != {frozenset(group["names"]) for group in groups}:
             raise CheckpointError(
-                f"{path} has {sum(map(len, saved_groups))} parameters in {len(saved_groups)} optimizer groups, and this "
+                f"{path} has {sum(map(len, saved_groups))} parameters in {len(saved_groups)} optimizer groups, this "
                 f"run {sum(len(g['names']) for g in groups)} in {len(groups)}, or grouped otherwise: build the "
                 "optimizer as it was built then"
             )

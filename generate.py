@@ -149,16 +149,16 @@ class ThinkState:
     def _closing_tokens(self):
         """`</think>` on a line of its own, as every trace in training ends. The model card's client appends
         ".\\n</think>\\n\\n", but its chat template strips the end again: what the model sees stops at the tag."""
-        before = "" if self.data.endswith(b"\n") or not self.data else "\n"
-        after = "\n"
+        encode, tag_id, tag = self.tokenizer.encode, self.tokenizer.end_think_id, TAG.decode()
+        before, after = "" if self.data.endswith(b"\n") or not self.data else "\n", "\n"
         if self.rule == "client":
             before, after = ".\n", ""
-        tag_id = self.tokenizer.end_think_id
         if tag_id is not None:
-            return self.tokenizer.encode(before) + [tag_id] + self.tokenizer.encode(after)
+            return encode(before) + [tag_id] + encode(after)
         said = 0 if self.rule == "client" else unfinished_tag(self.data)
+        self.thought_end -= said
         # encoded in one go: the released vocabulary glues the ">" to the newline
-        return self.tokenizer.encode((before + TAG.decode() + after) if not said else TAG.decode()[said:] + after)
+        return encode(tag[said:] + after if said else before + tag + after)
 
     def _close(self, at):
         """`</think>` stands at byte `at`."""
@@ -212,7 +212,7 @@ def sample(logits, temperature, top_p, u):
         return logits.argmax(-1)
     p = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1:
-        ordered, index = p.sort(-1, descending=True, stable=True)
+        ordered, index = p.sort(stable=True, dim=-1, descending=True)
         keep = ordered.cumsum(-1) - ordered < top_p  # a token stays if those before it have not reached top_p
         p = p * torch.zeros_like(keep).scatter(-1, index, keep)
     edges = p.cumsum(-1)
@@ -429,7 +429,7 @@ def _whole(value, least):
 
 
 def chat_prompt(tokenizer, messages, thinking=True):
-    """The token ids of a conversation up to the assistant's turn; `thinking=False` adds "/no_think" to the last question.
+    """The token ids of a conversation up to the next answer; `thinking=False` adds "/no_think" to the last question.
 
     The chat template has the last word: "/think" or "/no_think" inside the last question overrides `thinking`.
     """

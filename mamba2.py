@@ -56,28 +56,26 @@ def ssd_recurrent(x, dt, A, B, C, D, initial_state=None, seq_idx=None, chunk_siz
     for t in range(l):
         if seq_idx is not None and t > 0:
             S = S * (seq_idx[:, t] == seq_idx[:, t - 1]).view(b, 1, 1, 1)
-        S, y = _step(S, x_[:, t], dt[:, t], A, B[:, t], C[:, t], D)
-        ys.append(y)
+        fade = torch.exp(dt[:, t] * A)[..., None, None]  # (b, h, 1, 1)
+        S = S * fade + (dt[:, t, :, None] * x_[:, t])[..., None] * B[:, t, :, None, :]  # fade, write
+        ys.append((S @ C[:, t, :, :, None]).squeeze(-1) + D[:, None] * x_[:, t])  # read
     y = torch.stack(ys, dim=1) if l else x_
     return y.to(x.dtype), S
 
 
-def _step(S, x, dt, A, B, C, D):
-    """Fade, write, read. S (b, h, p, n); x (b, h, p); dt (b, h); B and C (b, h, n)."""
-    fade = torch.exp(dt * A)[..., None, None]  # (b, h, 1, 1)
-    S = S * fade + (dt[..., None] * x)[..., None] * B[..., None, :]
-    return S, (S @ C[..., None]).squeeze(-1) + D[:, None] * x
-
-
 def ssd_step(S, x, dt, A, B, C, D):
-    """One decode step. S (b, h, p, n) float32; x (b, h, p); dt (b, h); B and C (b, g, n). Returns y (b, h, p), new S.
+    """One decode step: one turn of the loop, with S (b, h, p, n) float32 updated in place.
 
+    x (b, h, p); dt (b, h); B and C (b, g, n). Returns y (b, h, p) in x's dtype, and S.
     The state never leaves float32: a bfloat16 state would round the whole history once per token and lose every
     increment smaller than half a unit in the last place (the released model cards ask for a float32 state, too).
     """
-    r = x.shape[1] // B.shape[1]
-    B, C = (t.to(S.dtype).repeat_interleave(r, dim=1) for t in (B, C))
-    S, y = _step(S, x.to(S.dtype), dt.to(S.dtype), A.to(S.dtype), B, C, D.to(S.dtype))
+    r, wide = x.shape[1] // B.shape[1], S.dtype
+    x_, dt = x.to(wide), dt.to(wide)
+    B, C = (t.to(wide).repeat_interleave(r, dim=1) for t in (B, C))  # (b, h, n)
+    S.mul_(torch.exp(dt * A.to(wide))[..., None, None])
+    S.addcmul_((dt[..., None] * x_)[..., None], B[..., None, :])
+    y = (S @ C[..., None]).squeeze(-1) + D.to(wide)[:, None] * x_
     return y.to(x.dtype), S
 
 
@@ -327,15 +325,17 @@ class Mamba2Mixer(nn.Module):
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
 
+        if x.dtype == torch.float16:  # float16 ends at 65504: too little for sums of states
+            x, B, C = x.float(), B.float(), C.float()
         with torch.autocast(u.device.type, enabled=False):  # dtypes inside the scan are chosen there, by hand
             if state is None:
                 y, _ = ssd_chunked(x, dt, A, B, C, self.D, None, seq_idx, self.chunk_size)
             else:
+                state.window.copy_(window)
                 if l == 1:
-                    y, ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
+                    y, _ = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
                     y = y[:, None]
                 else:
                     y, ssm = ssd_chunked(x, dt, A, B, C, self.D, state.ssm, seq_idx, self.chunk_size)
-                state.window.copy_(window)
-                state.ssm.copy_(ssm)
+                    state.ssm.copy_(ssm)
         return self.out_proj(self.norm(y.flatten(-2), z))

@@ -244,9 +244,9 @@ class Cache:
             device = self.layers_device()
             self.seq_idx = torch.zeros(self.batch_size, self.max_length, dtype=torch.int32, device=device)
         before = self.seq_idx[:, max(self.length - 1, 0)]
-        if seq_idx is None:
+        if seq_idx is None:  # the same documents go on
             seq_idx = before[:, None].expand(-1, l)
-        if self.length:
+        elif self.length:
             for layer in self.layers:
                 if hasattr(layer, "forget"):
                     layer.forget(seq_idx[:, 0] != before)

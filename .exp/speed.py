@@ -7,7 +7,9 @@ def go(rows,length,mode,chunk=64,prof=False,**over):
     torch.manual_seed(0); torch._dynamo.reset()
     cfg=replace(model.PRESETS['nano-12m'],chunk_size=chunk,**over)
     net=model.NemotronH(cfg).cuda(); obj=train.Objective(net,torch.ones(cfg.vocab_size).cuda())
-    if mode!='eager': obj.compile(**({} if mode=='default' else {'mode':mode}))
+    if mode=='regional':
+        for blk in net.backbone.layers: blk.compile(dynamic=False)
+    elif mode!='eager': obj.compile(**({} if mode=='default' else {'mode':mode}))
     opt=train.make_optimizer(net,1e-3,.1); sc=torch.amp.GradScaler('cuda',enabled=False); tc=train.TrainConfig()
     ac=lambda: torch.autocast('cuda',torch.bfloat16)
     ids=torch.randint(0,4096,(rows,length)).cuda(); doc=(torch.arange(length)//80).expand(rows,length).contiguous().cuda(); kind=(torch.rand(rows,length)>.5).to(torch.uint8).cuda()

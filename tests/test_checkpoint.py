@@ -277,6 +277,7 @@ def test_aliases():
         ({"hidden_size": "128"}, ["'128'", "int"]),
         ({"hidden_size": 128.0}, ["128.0"]),
         ({"hidden_size": 0}, ["hidden_size", "0"]),
+        ({"conv_kernel": -1}, ["conv_kernel", "-1"]),
         ({"vocab_size": True}, ["True"]),
         ({"use_bias": 1}, ["use_bias", "bool"]),
         ({"layer_norm_epsilon": "tiny"}, ["tiny"]),
@@ -328,6 +329,7 @@ def swap_entry(name, make):
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ["not valid JSON"]),
         (lambda f: (f / "config.json").write_text("[" * 100_000), ["not valid JSON"]),
         (lambda f: (f / "config.json").write_text("[1, 2]"), ["list"]),
+        (lambda f: edit_json(f / "config.json", hidden_size=10**30), ["larger than any machine"]),
         (lambda f: edit_json(f / "config.json", torch_dtype="int8"), ["int8", "bfloat16"]),
         (lambda f: edit_json(f / "config.json", torch_dtype=["float32"]), ["dtype"]),
         (lambda f: (f / "model.safetensors").unlink(), ["neither"]),
@@ -337,7 +339,7 @@ def swap_entry(name, make):
         (lambda f: (f / "model.safetensors").write_bytes(b"<html>404</html>"), ["safetensors"]),
         (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**60)), ["safetensors"]),
         (lambda f: edit_json(f / "config.json", vocab_size=264), ["(263, 64)", "(264, 64)", "embeddings"]),
-        (lambda f: edit_json(f / "config.json", intermediate_size=111), ["(112, 64)", "(111, 64)"]),
+        (lambda f: edit_json(f / "config.json", intermediate_size=111), ["(64, 112)", "(64, 111)", "down_proj"]),
         (
             lambda f: edit_json(f / "config.json", hybrid_override_pattern="M-M*-M--", num_hidden_layers=8),
             ["lacks 3 of", "layers.7"],
@@ -366,21 +368,21 @@ def test_damaged_folder(folder, damage, words):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda f: (f / "model-00002-of-00005.safetensors").unlink(), ["1 of the 5", "model-00002-of-00005"]),
-        (lambda f: halve(f / "model-00003-of-00005.safetensors"), ["model-00003-of-00005", "cut short"]),
+        (lambda f: (f / "model-00002-of-00010.safetensors").unlink(), ["1 of the 10", "model-00002-of-00010"]),
+        (lambda f: halve(f / "model-00003-of-00010.safetensors"), ["model-00003-of-00010", "cut short"]),
         (lambda f: halve(f / "model.safetensors.index.json"), ["index.json", "not valid JSON"]),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["weight_map"]),
         (lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"a": "../m.safetensors"}), ["weight_map"]),
         (lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"a": 3}), ["weight_map"]),
         (
-            lambda f: shutil.copy(f / "model-00001-of-00005.safetensors", f / "model-00004-of-00005.safetensors"),
+            lambda f: shutil.copy(f / "model-00001-of-00010.safetensors", f / "model-00004-of-00010.safetensors"),
             ["twice"],
         ),
     ],
 )
 def test_damaged_shards(tmp_path, damage, words):
-    save_pretrained(tmp_path, ours(), max_shard_bytes=90_000)
-    assert len(list(tmp_path.glob("model-*"))) == 5
+    save_pretrained(tmp_path, ours(), max_shard_bytes=100_000)
+    assert len(list(tmp_path.glob("model-*"))) == 10
     damage(tmp_path)
     sentence(lambda: load_pretrained(tmp_path), *words)
 
@@ -394,7 +396,7 @@ def test_bad_arguments(folder, tmp_path):
     sentence(lambda: load_pretrained(folder, dtype="int4"), "int4")
     sentence(lambda: load_pretrained(folder, dtype=torch.int64), "int64")
     for size in (0, -1, 2.5, True):
-        sentence(lambda: save_pretrained(tmp_path / "x", ours(), max_shard_bytes=size), repr(size))
+        sentence(lambda size=size: save_pretrained(tmp_path / "x", ours(), max_shard_bytes=size), repr(size))
     assert not (tmp_path / "x").exists()
 
 
@@ -406,7 +408,7 @@ def test_bad_arguments(folder, tmp_path):
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        sentence(lambda: save_pretrained(place, ours()), str(place), "file is where a folder should be")
+        sentence(lambda place=place: save_pretrained(place, ours()), str(place), "file is where a folder should be")
     sentence(lambda: save_training(tmp_path / "file" / "t", ours(), None, {}), "file is where a folder should be")
     (tmp_path / "t").mkdir()
     sentence(lambda: save_training(tmp_path / "t", ours(), None, {}), "reverse")
@@ -494,17 +496,22 @@ def kill_points(save):
     return [(k, after) for k in range(1, calls.count + 1) for after in (False, True)]
 
 
-@pytest.mark.parametrize("old_size, new_size", [(10**9, 10**9), (60_000, 150_000), (10**9, 90_000), (90_000, 10**9)])
+@pytest.mark.parametrize("old_size, new_size", [(10**9, 10**9), (60_000, 110_000), (10**9, 70_000), (70_000, 10**9)])
 def test_kill_at_every_call_leaves_old_or_new_folder(tmp_path, old_size, new_size):
     """Weights, pattern, vocabulary and tokenizer all change, so that a mixture cannot pass for either."""
-    old, new = ours(vocab_size=290), ours(seed=1, hybrid_override_pattern="M*-", vocab_size=301)
+    old, new = (
+        ours(vocab_size=290, hybrid_override_pattern="M-"),
+        ours(seed=1, hybrid_override_pattern="M*-", vocab_size=301),
+    )
     old_tokenizer, new_tokenizer = train_bpe(["aaaa bbbb"], 274), train_bpe(["one and one"], 276)
     new_tokenizer.chat_template = "new {{ x }}"
     seen = set()
 
+    save_pretrained(tmp_path / "first", old, old_tokenizer, max_shard_bytes=old_size)
+
     def prepare():
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
-        save_pretrained(tmp_path / "m", old, old_tokenizer, max_shard_bytes=old_size)
+        shutil.copytree(tmp_path / "first", tmp_path / "m")
 
     def save():
         save_pretrained(tmp_path / "m", new, new_tokenizer, max_shard_bytes=new_size)
@@ -522,6 +529,8 @@ def test_kill_at_every_call_leaves_old_or_new_folder(tmp_path, old_size, new_siz
         wanted = new_tokenizer if which == "new" else old_tokenizer
         assert tokenizer.ranks == wanted.ranks and tokenizer.chat_template == wanted.chat_template, (k, after)
         seen.add(which)
+        if not after:
+            continue
         save()  # and the next save works, and tidies
         assert same(load_pretrained(tmp_path / "m")[0], new)
         assert not any(p.name.startswith(".") for p in (tmp_path / "m").iterdir())
@@ -545,6 +554,25 @@ def test_kill_at_every_call_leaves_old_or_new_training_file(tmp_path):
         save_training(path, new, None, {"step": 2})
         assert os.listdir(path.parent) == [path.name]
     assert seen == {1, 2}
+
+
+def test_files_reach_the_disk_before_their_names_do(tmp_path, monkeypatch):
+    """A rename that overtakes the data would survive a power cut without it: each file is fsynced first, then renamed,
+    then its folder is fsynced."""
+    events, real_fsync, real_replace = [], os.fsync, os.replace
+    inode = lambda x: os.stat(x).st_ino
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("fsync", os.fstat(fd).st_ino)), real_fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("name", inode(a))), real_replace(a, b))[1])
+    save_training(tmp_path / "t", ours(), None, {})
+    file = inode(tmp_path / "t")
+    assert events == [("fsync", file), ("name", file), ("fsync", inode(tmp_path))]
+    events.clear()
+    save_pretrained(tmp_path / "m", ours(vocab_size=301), train_bpe(["one and one"], 276), max_shard_bytes=200_000)
+    files, commit = [inode(p) for p in (tmp_path / "m").iterdir()], events.index(("fsync", inode(tmp_path / "m")))
+    assert len(files) > 5
+    for file in files:
+        assert ("fsync", file) in events[:commit] and ("name", file) in events[commit:]
+    assert events[-1] == ("fsync", inode(tmp_path / "m"))
 
 
 def test_real_kills(tmp_path):
@@ -760,19 +788,20 @@ def test_training_file_of_another_version(tmp_path):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
         save_file(changed, path, metadata)
         other = ours(seed=4)
-        text = sentence(lambda: load_training(path, other, make_optimizer(other)), "another version")
+        call = lambda other=other: load_training(path, other, make_optimizer(other))
+        text = sentence(call, "another version")
         assert next(iter(change)) in text and same(other, ours(seed=4))
 
 
-def test_not_a_training_file(folder, tmp_path):
-    for read in (peek_training, lambda path: load_training(path, ours())):
-        sentence(lambda: read(tmp_path / "no"), "does not exist")
-        sentence(lambda: read(tmp_path), "not a file")
-        sentence(lambda: read(folder / "model.safetensors"), "load_pretrained")
-        sentence(lambda: read(folder / "config.json"), "safetensors")
+@pytest.mark.parametrize("read", [peek_training, lambda path: load_training(path, ours())], ids=["peek", "load"])
+def test_not_a_training_file(folder, tmp_path, read):
+    sentence(lambda: read(tmp_path / "no"), "does not exist")
+    sentence(lambda: read(tmp_path), "not a file")
+    sentence(lambda: read(folder / "model.safetensors"), "load_pretrained")
+    sentence(lambda: read(folder / "config.json"), "safetensors")
     save_training(tmp_path / "t", ours(), None, {})
     halve(tmp_path / "t")
-    sentence(lambda: peek_training(tmp_path / "t"), "cut short")
+    sentence(lambda: read(tmp_path / "t"), "cut short")
 
 
 @pytest.mark.parametrize(
@@ -807,28 +836,29 @@ def test_nothing_unpickles():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_opening_needs_little_memory(tmp_path):
     """While a folder is opened the process never holds a second copy of its weights, not even of one shard."""
-    config = ModelConfig(hidden_size=1024, intermediate_size=8192, hybrid_override_pattern="-" * 6, vocab_size=263)
+    config = ModelConfig(hidden_size=1024, intermediate_size=8192, hybrid_override_pattern="-" * 4, vocab_size=263)
     with torch.device("meta"):
         model = NemotronH(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")  # 193 MiB
+    model = model.to_empty(device="cpu")  # 129 MiB
     for p in model.parameters():
         p.data.fill_(0.5)
     save_pretrained(tmp_path, model)
+    save_pretrained(tmp_path / "tiny", ours())
     root = Path(checkpoint.__file__).parent
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "import torch; torch.set_num_threads(1)\n"
         "import checkpoint\n"
         "def private(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) // 1024\n"
-        "samples, real = [], torch.nn.Parameter\n"
-        "def sampled(*args): samples.append(private()); return real(*args)\n"
-        "before, torch.nn.Parameter = private(), sampled\n"
+        "checkpoint.load_pretrained(sys.argv[1] + '/tiny')\n"  # what is imported late is not counted
+        "samples, before = [], private()\n"
+        "checkpoint.setattr = lambda *args: (setattr(*args), samples.append(private()))\n"  # as each weight is placed
         "model, _ = checkpoint.load_pretrained(sys.argv[1])\n"
         "print(max(samples) - before, sum(p.numel() for p in model.parameters()) * 2 // 2**20)\n"
     )
     out = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(root)], capture_output=True, text=True)
     grown, size = map(int, out.stdout.split())
-    assert size > 190 and 0.8 * size < grown < 1.2 * size, (grown, size, out.stderr)
+    assert size > 125 and 0.8 * size < grown < 1.2 * size, (grown, size, out.stderr)
 
 
 @pytest.mark.gpu
