@@ -13,6 +13,7 @@ a GPU its mixer calls the mamba_ssm kernels instead, and that would be a differe
 
 import argparse
 import math
+import os
 import platform
 import statistics
 import sys
@@ -54,12 +55,13 @@ def interleave(contestants, repeats):
 def their_mixer(ours, chunk_size):
     """transformers' mixer with the weights of ours. Its clamp of dt at 0.001 (prefill only, an upstream quirk) is set
     to zero, as otherwise the two would not compute the same function. Raises ValueError if transformers is missing."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it explains for each layer that kernels are faster
     try:
         from transformers import NemotronHConfig
         from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
     except ImportError as e:
         raise ValueError(
-            f"bench.py mixer compares with transformers, which cannot be imported here ({e}); install it with "
+            f"mixer compares with transformers, which cannot be imported here ({e}); install it with "
             "pip install -r requirements-test.txt"
         ) from None
     config = NemotronHConfig(
@@ -145,10 +147,9 @@ def bench_mixer(args):
 
 
 def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def main(argv=None):

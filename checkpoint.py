@@ -412,8 +412,8 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
 def _finish(folder):
     """Move the files of a complete `.saved` up into the folder. May be cut short anywhere and called again.
 
-    First the weight files that the new ones replace go, then the new ones move, the one that names the others last: so
-    as long as anything is unfinished, `_weight_files` finds the new weights through `.saved`.
+    First the old weight files go, and only then do the new ones move: so at every instant each new file is in one of
+    the two places, and no old file of another name is mistaken for one of them.
     """
     saved = folder / SAVED
     if not saved.is_dir():
@@ -425,8 +425,7 @@ def _finish(folder):
         for path in folder.iterdir():
             if ours.fullmatch(path.name) and path.name not in keep:
                 path.unlink()
-    last = [SINGLE, INDEX, *TOKENIZER_FILES, "config.json"]
-    for name in sorted(new, key=lambda name: (last.index(name) + 1 if name in last else 0, name)):
+    for name in sorted(new):
         os.replace(saved / name, folder / name)
     _fsync_folder(folder)
     saved.rmdir()

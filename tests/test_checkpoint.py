@@ -201,7 +201,9 @@ def test_other_files_stay_and_old_shards_go(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == (tmp_path / "model_notes.safetensors").read_text() == "kept"
 
 
-def test_file_modes_follow_the_umask(folder):
+def test_file_modes_follow_the_umask_and_readers_know_the_framework(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777
 
 
@@ -572,6 +574,8 @@ def test_files_reach_the_disk_before_their_names_do(tmp_path, monkeypatch):
     assert len(files) > 5
     for file in files:
         assert ("fsync", file) in events[:commit] and ("name", file) in events[commit:]
+    (saved,) = {i for kind, i in events if kind == "name"} - set(files)  # the subfolder, by the rename that counts
+    assert ("fsync", saved) in events[: events.index(("name", saved))]
     assert events[-1] == ("fsync", inode(tmp_path / "m"))
 
 
@@ -700,6 +704,7 @@ def test_file_can_be_read_by_names(tmp_path):
     assert torch.equal(stored[f"exp_avg.{name}"], optimizer.state[parameter]["exp_avg"])
     assert torch.equal(stored[f"exp_avg_sq.{name}"], optimizer.state[parameter]["exp_avg_sq"])
     assert stored[f"step.{name}"].item() == 1
+    assert struct.unpack("<Q", (tmp_path / "t").read_bytes()[:8])[0] % 8 == 0  # the format's alignment
 
 
 def test_order_of_parameters_does_not_matter(tmp_path):

