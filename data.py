@@ -27,7 +27,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
@@ -276,8 +276,7 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     """Write `rows` packed rows of `length` tokens to `folder`, or find them there already.
 
     texts: {"prose": [str], "code": [str]}, the training texts. What makes the data (sizes, blend, seed, vocabulary,
-    text) is kept in meta.json, written last; a folder that does not match is made anew, and one that was left unfinished
-    is not taken for a whole one. Returns the realised shares of the sources.
+    text) is kept in meta.json, written last: a folder that does not match, or was left unfinished, is made anew. Returns the realised shares of the sources.
     """
     folder = Path(folder)
     if tokenizer.vocab_size > 65536:
@@ -350,24 +349,32 @@ class Loader:
         if batch_rows % world:
             raise ValueError(f"a batch of {batch_rows} rows cannot be split evenly over {world} processes")
         self.batch_rows, self.rank, self.world, self.seed = batch_rows, rank, world, seed
-        self.epoch, self.position, self._order = 0, 0, None
+        self._reader, self._order = ThreadPoolExecutor(1), (None, None)
+        self.restore({"epoch": 0, "position": 0})
 
     def state(self):
+        """Where the next batch begins: {"epoch", "position"}, two integers."""
         return {"epoch": self.epoch, "position": self.position}
 
     def restore(self, state):
-        self.epoch, self.position, self._order = state["epoch"], state["position"], None
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._ahead = self._reader.submit(self._read, self.epoch, self.position)
 
     def next(self):
-        """(ids, doc, kind): three int64/int64/uint8 arrays of this rank's rows, (batch_rows / world, length)."""
-        if self.position + self.batch_rows > self.rows:
-            self.epoch, self.position, self._order = self.epoch + 1, 0, None
-        if self._order is None:
-            self._order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        mine = np.sort(self._order[self.position + self.rank : self.position + self.batch_rows : self.world])
-        self.position += self.batch_rows
+        """(ids, doc, kind): int64, int64 and uint8 arrays of this rank's rows, (batch_rows / world, length). One batch
+        is read ahead in a thread while the last one is trained on."""
+        batch, self.epoch, self.position = self._ahead.result()
+        self._ahead = self._reader.submit(self._read, self.epoch, self.position)
+        return batch
+
+    def _read(self, epoch, position):
+        if position + self.batch_rows > self.rows:
+            epoch, position = epoch + 1, 0
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        mine = np.sort(self._order[1][position + self.rank : position + self.batch_rows : self.world])
         ids, doc, kind = (array[mine] for array in self.arrays)
-        return ids.astype(np.int64), doc.astype(np.int64), kind
+        return (ids.astype(np.int64), doc.astype(np.int64), kind), epoch, position + self.batch_rows
 
 
 if __name__ == "__main__":

@@ -252,16 +252,17 @@ def _sort(rng: Random, level: int) -> tuple[str, str, str]:
 
 
 def _count(rng: Random, level: int) -> tuple[str, str, str]:
-    """One letter a line with the count so far. The other letters are all different: no doubt where we are."""
+    """One letter a line: the letter, the count so far, the letters left. Without the rest a repeated letter would leave
+    it open where in the row we are."""
     n = 2 * level + 3
     hits = rng.randint(0, (n + 1) // 2)
     target, *rest = rng.sample(LETTERS, n - hits + 1)
     letters = rest + [target] * hits
     rng.shuffle(letters)
     lines, seen = [], 0
-    for letter in letters:
+    for i, letter in enumerate(letters):
         seen += letter == target
-        lines.append(f"- {letter} {seen}")
+        lines.append(f"- {letter} {seen} | {' '.join(letters[i + 1 :])}".strip())
     return f"Count {target} in: {' '.join(letters)}", "\n".join(lines), str(hits)
 
 
@@ -336,16 +337,20 @@ def _multiquery(rng: Random, level: int) -> tuple[str, str, str]:
 
 
 def _multivalue(rng: Random, level: int) -> tuple[str, str, str]:
-    """Every value of one key, in order, `level` or level + 1 of them; the other keys repeat as well."""
-    n = (4, 6, 8, 12, 16)[level - 1]
-    hits = level + rng.randrange(2)
+    """Every value of one key, in order, `level` or level + 1 of them; the other keys repeat as well. The trace walks
+    through all records and keeps the list of values found: "the next one with this key" is no local step."""
+    n = (4, 5, 6, 8, 10)[level - 1]
+    hits = min(level, 3) + rng.randrange(2)
     target, *others = rng.sample(KEYS, 1 + (n - hits + 1) // 2)
     keys = [target] * hits + (others * 2)[: n - hits]
     rng.shuffle(keys)
     pairs = list(zip(keys, rng.sample(range(10, 100), n)))
-    found = [v for k, v in pairs if k == target]
+    found, lines = [], []
+    for k, v in pairs:
+        found += [str(v)] if k == target else []
+        lines.append(f"- {k}={v} -> {' '.join(found)}".strip())
     question = _given([f"{k}={v}" for k, v in pairs], f"What are all {target}?")
-    return question, "\n".join(f"- {target}={v}" for v in found), " ".join(map(str, found))
+    return question, "\n".join(lines), " ".join(found)
 
 
 def _vartrack(rng: Random, level: int) -> tuple[str, str, str]:
@@ -377,8 +382,8 @@ def _lookup2(rng: Random, level: int) -> tuple[str, str, str]:
 
 
 def _common(rng: Random, level: int) -> tuple[str, str, str]:
-    """The most frequent letter of 6, 8, 10, 14, 18: one letter a line, and how often it has come so far."""
-    n = (6, 8, 10, 14, 18)[level - 1]
+    """The most frequent letter of 6, 8, 10, 12, 14: a letter a line, how often it has come so far, what is left."""
+    n = (6, 8, 10, 12, 14)[level - 1]
     top = rng.randint(2, 2 + n // 5)
     winner, *others = rng.sample(LETTERS, n)
     letters = [winner] * top
@@ -387,9 +392,9 @@ def _common(rng: Random, level: int) -> tuple[str, str, str]:
             letters += [other] * min(rng.randint(1, top - 1), n - len(letters))
     rng.shuffle(letters)
     lines, seen = [], {}
-    for letter in letters:
+    for i, letter in enumerate(letters):
         seen[letter] = seen.get(letter, 0) + 1
-        lines.append(f"- {letter} {seen[letter]}")
+        lines.append(f"- {letter} {seen[letter]} | {' '.join(letters[i + 1 :])}".strip())
     return f"Most common in: {' '.join(letters)}", "\n".join(lines), winner
 
 
@@ -407,7 +412,7 @@ FAMILIES: dict[str, Family] = {
         Family("count", "reasoning", "a letter counted in 2 level + 3 letters", _count, _letters_in_any_order),
         Family("needle", "retrieval", "one key among 4 to 12 records", _needle, _records_in_any_order),
         Family("multiquery", "retrieval", "level + 1 keys among 4 to 8 records", _multiquery, _records_in_any_order),
-        Family("multivalue", "retrieval", "all values of one key, 4 to 8 records", _multivalue, _records_in_any_order),
+        Family("multivalue", "retrieval", "all values of one key, 4 to 6 records", _multivalue, _records_in_any_order),
         Family("vartrack", "retrieval", "a variable over level + 1 hops, 3 chains", _vartrack, _records_in_any_order),
         Family("lookup2", "retrieval", "two tables of 3 to 7 rows, two hops", _lookup2, _records_in_any_order),
         Family("common", "retrieval", "the most frequent of 6 to 10 letters", _common, _letters_in_any_order),

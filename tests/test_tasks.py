@@ -132,7 +132,9 @@ def answer_from_trace(name, trace):
         return last.split()[2]
     if name == "common":
         return max(lines, key=lambda line: int(line.split()[2])).split()[1]
-    if name in ("multiquery", "multivalue"):
+    if name == "multivalue":
+        return last.partition(" -> ")[2]
+    if name == "multiquery":
         return " ".join(line.partition("=")[2].strip() for line in lines)
     return last.partition("=")[2].strip()
 
@@ -203,7 +205,8 @@ def test_every_line_of_a_symbol_trace_is_a_valid_state(name):
                     assert words[0] == words[1] + 1, "one operator a line"
                 else:
                     letter = s.question[len("Count ")] if name == "count" else letters[i]
-                    assert line == f"{letters[i]} {letters[: i + 1].count(letter)}"
+                    left = " ".join(letters[i + 1 :])
+                    assert line == f"{letters[i]} {letters[: i + 1].count(letter)} | {left}".strip()
             assert name == "boolean" or len(lines) == len(letters)
 
 
@@ -212,8 +215,14 @@ def test_every_line_of_a_retrieval_trace_is_a_record_and_hops_are_chained(name):
     for level in FAMILIES[name].train_levels + FAMILIES[name].beyond:
         for s in drawn(name, level):
             records, ask = records_of(s.question)
-            steps = [tuple(re.split(" ?= ?", line[2:])) for line in s.trace.split("\n")]
+            lines = [line[2:].partition(" ->") for line in s.trace.split("\n")]
+            steps = [tuple(re.split(" ?= ?", line)) for line, _, _ in lines]
             assert set(steps) <= set(records)
+            if name == "multivalue":  # walks through all records and keeps the list of what was found
+                assert steps == records
+                asked = ask.removeprefix("What are all ").removesuffix("?")
+                for i, (_, _, found) in enumerate(lines):
+                    assert found.split() == [v for k, v in records[: i + 1] if k == asked]
             if ask.startswith("Follow "):
                 assert steps[0][0] == ask[len("Follow ") : -1]
                 assert all(a[1] == b[0] for a, b in zip(steps, steps[1:]))
