@@ -104,9 +104,14 @@ def ssd_chunked(x, dt, A, B, C, D, initial_state=None, seq_idx=None, chunk_size=
     chunk_size (q) only decides the blocking: the result does not depend on it in exact arithmetic. The matmuls run in
     x's dtype; decays, sums and states stay in float32 (float64 if x is float64).
     """
+    return in_segments(_ssd_segment, x, dt, A, B, C, D, initial_state, seq_idx, chunk_size)
+
+
+def in_segments(form, x, dt, A, B, C, D, initial_state, seq_idx, chunk_size):
+    """Run `form` over the row, CHUNKS_PER_SEGMENT chunks at a time, carrying the state over."""
     l, segment = x.shape[1], chunk_size * CHUNKS_PER_SEGMENT
     if l <= segment:
-        return _ssd_segment(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size)
+        return form(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size)
     ys, S = [], initial_state
     for s in range(0, l, segment):
         e = min(s + segment, l)
@@ -115,9 +120,18 @@ def ssd_chunked(x, dt, A, B, C, D, initial_state=None, seq_idx=None, chunk_size=
             ids = seq_idx[:, s:e]
             if s > 0:  # the carried state is void for rows that start a new document exactly here
                 S = S * (seq_idx[:, s] == seq_idx[:, s - 1]).view(-1, 1, 1, 1)
-        y, S = _ssd_segment(x[:, s:e], dt[:, s:e], A, B[:, s:e], C[:, s:e], D, S, ids, chunk_size)
+        y, S = form(x[:, s:e], dt[:, s:e], A, B[:, s:e], C[:, s:e], D, S, ids, chunk_size)
         ys.append(y)
     return torch.cat(ys, dim=1), S
+
+
+def log_decays(dt, A):
+    """dt (b, h, c, q) -> the log-decay from the chunk's start up to and with each token, (b, h, c, q), and from the end
+    of chunk j to the start of chunk i, (b, h, c+1, c+1), where column 0 stands for the initial state. The second is a
+    difference of long sums: summed in float64, or a head that forgot fast early on has no digits left for later."""
+    a = (dt * A.to(dt.dtype).view(-1, 1, 1)).cumsum(-1)
+    total = F.pad(a[..., -1].double(), (1, 0)).cumsum(-1)  # (b, h, c+1)
+    return a, (total[..., :, None] - total[..., None, :]).to(dt.dtype)
 
 
 def _ssd_segment(x, dt, A, B, C, D, initial_state, seq_idx, q):
@@ -133,7 +147,8 @@ def _ssd_segment(x, dt, A, B, C, D, initial_state, seq_idx, q):
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
 
     dt = dt.to(wide).view(b, c, q, h)
-    a = (dt * A.to(wide)).transpose(2, 3).cumsum(-1)  # (b, c, h, q): log-decay from the chunk's start, inclusive
+    a, between = log_decays(dt.permute(0, 3, 1, 2), A)
+    a = a.transpose(1, 2)  # (b, c, h, q)
     x = x.view(b, c, q, h, p)
     xdt = (x * dt[..., None]).to(dtype)  # (b, c, q, h, p)
     B, C = (t.view(b, c, q, g, n).transpose(2, 3) for t in (B, C))  # (b, c, g, q, n)
@@ -159,12 +174,11 @@ def _ssd_segment(x, dt, A, B, C, D, initial_state, seq_idx, q):
     states = B.transpose(-1, -2) @ weighted.view(b, c, q, g, r * p).transpose(2, 3)  # (b, c, g, n, r*p)
 
     # S_in: the recurrence over chunks as one (c+1, c+1) matrix, row j = state before chunk j, column 0 = initial state.
-    total = F.pad(a[..., -1].transpose(1, 2), (1, 0)).cumsum(-1)  # (b, h, c+1): log-decay up to each chunk's end
     carry = torch.ones(c + 1, c + 1, dtype=torch.bool, device=x.device).tril()
     if seq_idx is not None:
         last = torch.cat([ids[:, :1, 0], ids[..., -1]], dim=1)  # (b, c+1): the document each state belongs to
         carry = carry & (last[:, :, None] == last[:, None, :]).unsqueeze(1)
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(~carry, -math.inf).exp()  # (b, h, c+1, c+1)
+    between = between.masked_fill(~carry, -math.inf).exp()  # (b, h, c+1, c+1)
     S0 = (
         x.new_zeros(b, 1, h, p * n, dtype=wide)
         if initial_state is None
@@ -251,6 +265,16 @@ class GatedGroupRMSNorm(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def training_forms(x):
+    """(scan, convolution) for x's device. Training on a CPU takes the twins with a written backward; everything else
+    the ones above (on a GPU torch.compile fuses those). Same functions, other speed: `kernels/cpu.py` says why."""
+    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        from kernels import cpu
+
+        return cpu.ssd, cpu.causal_conv1d
+    return ssd_chunked, causal_conv1d
+
+
 class Mamba2State:
     """What one Mamba-2 layer remembers of a row: the same few numbers after ten tokens or after a million.
 
@@ -312,7 +336,8 @@ class Mamba2Mixer(nn.Module):
         b, l, _ = u.shape
         # in_proj makes everything at once, in this order: z (i) | x (i) | B (g*n) | C (g*n) | dt (h)
         z, xBC, dt = self.in_proj(u).split([self.inner, self.conv_channels, self.h], dim=-1)
-        xBC, window = causal_conv1d(
+        scan, convolve = training_forms(u)
+        xBC, window = convolve(
             xBC, self.conv1d.weight, self.conv1d.bias, None if state is None else state.window, seq_idx
         )
         x, B, C = xBC.split([self.inner, self.g * self.n, self.g * self.n], dim=-1)
@@ -329,13 +354,13 @@ class Mamba2Mixer(nn.Module):
             x, B, C = x.float(), B.float(), C.float()
         with torch.autocast(u.device.type, enabled=False):  # dtypes inside the scan are chosen there, by hand
             if state is None:
-                y, _ = ssd_chunked(x, dt, A, B, C, self.D, None, seq_idx, self.chunk_size)
+                y, _ = scan(x, dt, A, B, C, self.D, None, seq_idx, self.chunk_size)
             else:
                 state.window.copy_(window)
                 if l == 1:
                     y, _ = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
                     y = y[:, None]
                 else:
-                    y, ssm = ssd_chunked(x, dt, A, B, C, self.D, state.ssm, seq_idx, self.chunk_size)
+                    y, ssm = scan(x, dt, A, B, C, self.D, state.ssm, seq_idx, self.chunk_size)
                     state.ssm.copy_(ssm)
         return self.out_proj(self.norm(y.flatten(-2), z))
