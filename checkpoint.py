@@ -1,28 +1,23 @@
-"""Files: released model folders in and out, and a training run that survives being killed.
+"""Files: released model folders in and out, and writing that survives a kill.
 
-Two kinds of checkpoint, two needs.
+The idea. A *model folder* is what other programs read: config.json, one or several safetensors files, a tokenizer. The
+names of our tensors are the released ones, so opening a folder is no translation: build the model without memory
+(PyTorch's "meta" device), check every name, shape and dtype against the file headers, and only then read each tensor
+straight to where it will live. The 9B needs its own 17 GB and nothing besides. config.json exists in two dialects, the
+released one (`hybrid_override_pattern`) and that of transformers 5 (`layers_block_type`); we read both and write the
+first.
 
-A *model folder* is what other programs read: config.json, one or several safetensors files, a tokenizer. The names of
-our tensors are the released ones, so opening a folder is no translation: build the model without memory (PyTorch's
-"meta" device), check every name, shape and dtype against the file headers, and only then read each tensor straight to
-where it will live. The 9B needs its own 17 GB and nothing besides. config.json exists in two dialects, the released
-one (`hybrid_override_pattern`) and that of transformers 5 (`layers_block_type`); we read both and write the first.
-
-A *training file* is one safetensors file with everything that the next step depends on: weights, optimizer moments (by
-parameter name, so their order does not matter), random number generators, and the loop's own numbers. A run that is
-stopped and resumed ends with the same bits as one that was not.
-
-Both must survive a kill at any instant. There is one trick: write to a new name, ask the disk to really have it
-(fsync), then rename over the old name. A rename is all or nothing. A training file is one rename. A model folder is
-several files, so these are collected in a subfolder `.saving`, one rename to `.saved` makes them count, and then they
-move up one by one; a reader looks into `.saved` first, and the next save finishes a move that was cut short.
+A kill at any instant leaves the old folder or the new one. There is one trick: write to a new name, ask the disk to
+really have it (fsync), then rename over the old name. A rename is all or nothing. A folder is several files, so these
+are collected in a subfolder `.saving`, one rename to `.saved` makes them count, and then they move up one by one; a
+reader looks into `.saved` first, and the next save finishes a move that was cut short.
 
 Nothing here is ever unpickled: a pickle is a program, and opening one runs it. safetensors is 8 bytes of length, a JSON
 header, and raw numbers. Reading is left to the safetensors library, which maps files and fills GPU memory directly. The
 writer is written by hand (20 lines): the library's gathers whole files in host memory, leaves a temporary file with a
 random name after a kill, and hides the disk's error number.
 
-This file must not know training loops or where data comes from: a loop is a dict of numbers to it.
+This file must not know training, nor where data comes from.
 Sources: released config.json and tensor names; transformers 5.23 for the second dialect; the safetensors format notes.
 """
 
@@ -30,7 +25,6 @@ import errno
 import json
 import math
 import os
-import random
 import re
 import shutil
 import struct
@@ -39,7 +33,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -216,7 +209,7 @@ FLOATS = {name: dtype for dtype, name in STORED_AS.items() if dtype.is_floating_
 HEADER_LIMIT = 100_000_000  # bytes; readers refuse more
 
 
-def _write_safetensors(path, tensors, metadata):
+def write_safetensors(path, tensors, metadata):
     """Write tensors {name: tensor on any device} and metadata {text: text}; return once the disk has them.
 
     One tensor at a time passes through host memory. Wide types come first, which keeps every tensor aligned.
@@ -251,7 +244,7 @@ def _write_json(path, data):
         os.fsync(file.fileno())
 
 
-def _fsync_folder(folder):
+def fsync_folder(folder):
     """A rename is kept in the folder, and the folder, too, reaches the disk only when asked to."""
     if os.name == "nt":  # where folders cannot be opened
         return
@@ -263,7 +256,7 @@ def _fsync_folder(folder):
 
 
 @contextmanager
-def _writing(path):
+def writing(path):
     """Turn what the operating system says while `path` is written into a sentence."""
     try:
         yield
@@ -283,7 +276,7 @@ def _writing(path):
         raise CheckpointError(str(error)) from None
 
 
-def _open(path, device="cpu"):
+def open_safetensors(path, device="cpu"):
     """A safetensors file opened for reading; only its header is read and checked."""
     if not path.is_file():
         raise CheckpointError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: check the path")
@@ -340,7 +333,9 @@ def load_pretrained(folder, device="cpu", dtype=None):
         raise CheckpointError(
             f"{folder} asks for tensors larger than any machine can address: check config.json"
         ) from None
-    sources = _match(folder, [_open(path, device) for path in _weight_files(folder)], dict(model.named_parameters()))
+    sources = _match(
+        folder, [open_safetensors(path, device) for path in _weight_files(folder)], dict(model.named_parameters())
+    )
     try:
         for name, (file, key) in sources.items():
             parent, _, leaf = name.rpartition(".")
@@ -383,14 +378,14 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
         room -= size
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     made, saving = not folder.exists(), folder / SAVING
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _finish(folder)
         try:
             shutil.rmtree(saving, ignore_errors=True)  # left by a kill
             saving.mkdir()
             for file, shard in zip(names, shards):
-                _write_safetensors(saving / file, shard, {"format": "pt"})
+                write_safetensors(saving / file, shard, {"format": "pt"})
             if len(names) > 1:
                 total = sum(t.numel() * t.element_size() for t in tensors.values())
                 weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
@@ -398,14 +393,14 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
             if tokenizer is not None:
                 tokenizer.save(saving)
             _write_json(saving / "config.json", config_to_dict(model.config, model.lm_head.weight.dtype))
-            _fsync_folder(saving)
+            fsync_folder(saving)
             os.replace(saving, folder / SAVED)  # from here on the new model counts
         except BaseException:
             shutil.rmtree(saving, ignore_errors=True)
             if made and not any(folder.iterdir()):
                 folder.rmdir()
             raise
-        _fsync_folder(folder)
+        fsync_folder(folder)
         _finish(folder)
 
 
@@ -427,7 +422,7 @@ def _finish(folder):
                 path.unlink()
     for name in sorted(new):
         os.replace(saved / name, folder / name)
-    _fsync_folder(folder)
+    fsync_folder(folder)
     saved.rmdir()
 
 
@@ -541,201 +536,3 @@ def _device(device):
             )
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Training state
-# ---------------------------------------------------------------------------------------------------------------------
-
-FORMAT = "nano2-training-1"
-HOW_NOT_WHAT = ("foreach", "fused", "capturable", "differentiable")  # how the optimizer computes: the new run decides
-
-
-def save_training(path, model, optimizer, loop):
-    """Write one file from which `load_training` continues to the bit. A kill leaves the previous file or this one.
-
-    model: not wrapped (DDP's or torch.compile's inner module). optimizer: AdamW or any whose state is tensors, or None.
-    loop: whatever else the next step depends on (step, data position, loss scale, ...): a dict of numbers, texts, True,
-    None, lists and dicts; tuples come back as lists. The random generators of Python, numpy, PyTorch and the model's
-    GPU are saved here. Raises CheckpointError.
-    """
-    path = Path(path)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    metadata = {"format": FORMAT, "loop": json.dumps(_plain(loop, "loop"))}
-    metadata["config"] = json.dumps(config_to_dict(model.config, model.lm_head.weight.dtype))
-    if optimizer is not None:
-        metadata["optimizer"] = json.dumps({"class": type(optimizer).__name__, "groups": _groups(model, optimizer)})
-        for name, parameter in model.named_parameters():
-            for kind, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, torch.Tensor):
-                    raise CheckpointError(f"the optimizer's {kind} of {name} is a {type(value).__name__}, not a tensor")
-                tensors[f"{kind}.{name}"] = value
-    kind, keys, *rest = np.random.get_state()
-    metadata["random"] = json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]})
-    tensors["random.cpu"] = torch.get_rng_state()
-    device = model.lm_head.weight.device
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same name: what a kill leaves is overwritten
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_safetensors(temporary, tensors, metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _fsync_folder(path.parent)
-
-
-def peek_training(path):
-    """The `loop` dict of a training file; reads only its header."""
-    return json.loads(_training_file(path)[1]["loop"])
-
-
-def load_training(path, model, optimizer=None):
-    """Put model, optimizer and random generators back to where `save_training` was called; return its `loop`.
-
-    Tensors go to whatever device the model is on, in place where they exist already. optimizer None restores the rest
-    only. Nothing is changed unless everything fits. Raises CheckpointError, naming the difference, if the file was
-    written by another model or another optimizer.
-    """
-    file, metadata = _training_file(path)
-    keys = set(file.keys())
-    groups = [] if optimizer is None else _groups(model, optimizer)
-    saved_groups = _check_training(path, file, keys, metadata, model, optimizer, groups)
-
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(file.get_tensor(f"model.{name}"))
-    kinds = {}  # of each parameter: exp_avg, exp_avg_sq, step
-    for key in keys:
-        kinds.setdefault(_owner(key), []).append(key.partition(".")[0])
-    for live_group, group in zip([] if optimizer is None else optimizer.param_groups, groups):
-        for option, value in saved_groups[frozenset(group["names"])]["options"].items():
-            old = live_group.get(option)
-            if isinstance(old, torch.Tensor):  # a learning rate that a captured graph reads
-                old.fill_(value)
-            else:
-                live_group[option] = tuple(value) if isinstance(old, tuple) else value
-        steps_on_device = live_group.get("fused") or live_group.get("capturable")  # else AdamW counts on the CPU
-        for parameter, name in zip(live_group["params"], group["names"]):
-            live, state = optimizer.state.pop(parameter, {}), {}
-            for kind in kinds.get(name, ()):
-                tensor = file.get_tensor(f"{kind}.{name}")
-                device = parameter.device if kind != "step" or steps_on_device else torch.device("cpu")
-                old = live.get(kind)
-                in_place = isinstance(old, torch.Tensor) and (old.dtype, old.device) == (tensor.dtype, device)
-                state[kind] = old.copy_(tensor) if in_place else tensor.to(device, copy=True)
-            if state:
-                optimizer.state[parameter] = state
-
-    generators = json.loads(metadata["random"])
-    version, numbers, gauss = generators["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, numbers, *rest = generators["numpy"]
-    np.random.set_state((kind, np.array(numbers, dtype=np.uint32), *rest))
-    torch.set_rng_state(file.get_tensor("random.cpu").clone())
-    device = model.lm_head.weight.device
-    if device.type == "cuda" and "random.cuda" in keys:
-        torch.cuda.set_rng_state(file.get_tensor("random.cuda").clone(), device)
-    return json.loads(metadata["loop"])
-
-
-def _check_training(path, file, keys, metadata, model, optimizer, groups):
-    """Compare a training file with what it is to be loaded into, by its header; return its groups by their names."""
-    saved, now = json.loads(metadata["config"]), config_to_dict(model.config, model.lm_head.weight.dtype)
-    twins = ("num_hidden_layers", "rms_norm_eps")  # say again what another field says
-    differ = [name for name in now.keys() & saved.keys() - set(twins) if saved[name] != now[name]]
-    if differ:
-        told = ", ".join(f"{name} {saved[name]!r} (now {now[name]!r})" for name in sorted(differ)[:3])
-        raise CheckpointError(
-            f"{path} was written by another model, with {told}{', ...' if len(differ) > 3 else ''}: give the same "
-            "preset and flags as then, or start in another folder"
-        )
-    wanted = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    moments = {key for key in keys if _owner(key)}
-    odd = sorted(wanted.keys() ^ {key for key in keys if key.startswith("model.")})
-    if odd:
-        raise CheckpointError(
-            f"{path} and the model differ in {len(odd)} tensors ({odd[0]}): it is from another version"
-        )
-
-    saved_groups = {}
-    if optimizer is not None:
-        if "optimizer" not in metadata:
-            raise CheckpointError(f"{path} was saved without an optimizer: load it with optimizer=None")
-        written = json.loads(metadata["optimizer"])
-        if written["class"] != type(optimizer).__name__:
-            raise CheckpointError(
-                f"{path} holds a state of {written['class']}, this run has {type(optimizer).__name__}: use that"
-            )
-        saved_groups = {frozenset(group["names"]): group for group in written["groups"]}
-        if saved_groups.keys() != {frozenset(group["names"]) for group in groups}:
-            raise CheckpointError(
-                f"{path} has {sum(map(len, saved_groups))} parameters in {len(saved_groups)} optimizer groups, this "
-                f"run {sum(len(g['names']) for g in groups)} in {len(groups)}, or grouped otherwise: build the "
-                "optimizer as it was built then"
-            )
-        parameters = dict(model.named_parameters())
-        wanted |= {key: parameters[_owner(key)] for key in moments if _owner(key) in parameters}
-    for key, target in wanted.items():
-        shape, stored = tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()
-        fits = shape == tuple(target.shape) and (key in moments or stored == STORED_AS[target.dtype])
-        if not fits and not (key in moments and shape == ()):  # a step is a count, not a table
-            raise CheckpointError(
-                f"{path} holds {key} as {stored} {shape}, but this model needs {STORED_AS[target.dtype]} "
-                f"{tuple(target.shape)}: it is from another version"
-            )
-    return saved_groups
-
-
-def _training_file(path):
-    """(open file, metadata) of a training file, checked to be one."""
-    file = _open(Path(path))
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a training file of this version (it says {metadata.get('format')!r}, not {FORMAT!r}): "
-            "model folders are opened with load_pretrained"
-        )
-    return file, metadata
-
-
-def _owner(key):
-    """The parameter's name in the key of an optimizer tensor (exp_avg.lm_head.weight), else None."""
-    kind, _, name = key.partition(".")
-    return None if kind in ("model", "random") else name
-
-
-def _groups(model, optimizer):
-    """The optimizer's groups as JSON: [{"names": [...], "options": {"lr": ..., "betas": ...}}, ...]."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = []
-    for group in optimizer.param_groups:
-        strangers = [tuple(p.shape) for p in group["params"] if id(p) not in names]
-        if strangers:
-            raise CheckpointError(
-                f"the optimizer holds {len(strangers)} parameters that are not this model's, the first of shape "
-                f"{strangers[0]}: pass the inner model and the optimizer that was built from it"
-            )
-        options = {k: v for k, v in group.items() if k != "params" and k not in HOW_NOT_WHAT}
-        options = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in options.items()}
-        groups.append({"names": [names[id(p)] for p in group["params"]], "options": _plain(options, "optimizer group")})
-    return groups
-
-
-def _plain(value, where):
-    """`value` if JSON gives it back unchanged (tuples as lists); else a sentence that names the place."""
-    if value is None or isinstance(value, bool | int | float | str) and type(value).__module__ == "builtins":
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise CheckpointError(f"{where} has the key {key!r}; only texts can be keys: use {str(key)!r}")
-        return {key: _plain(v, f"{where}[{key!r}]") for key, v in value.items()}
-    raise CheckpointError(
-        f"{where} is a {type(value).__name__}, which JSON cannot hold: make it a number, a text, a list or a dict"
-    )

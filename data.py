@@ -1,8 +1,4 @@
-"""Training data: text that is on every machine, generated tasks, a blend of both, packed into rows.
-
-Nothing is downloaded. The text is what Python brought along: docstrings of the installed packages (technical English)
-and the standard library's source (code), read where it lies at run time; or a folder of your own (`--text`). The tasks
-come from `tasks.py`. From there the road is short:
+"""Training data: text from `corpus.py` and tasks from `tasks.py`, blended, packed into rows, read in batches.
 
     documents  --tokenise-->  ids and what is learned  --pack-->  rows of equal length  --shuffle-->  batches
 
@@ -20,127 +16,24 @@ not wait, a position is two integers, and ranks read disjoint rows of the same s
 This file must not know models. Source of the idea of a blend with weights in tokens: report section 2.2.
 """
 
-import ast
 import json
 import os
 import shutil
 import sys
-import sysconfig
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
+import corpus
 import tasks
+from tokenizer import Tokenizer, train_bpe
 
 NOT_LEARNED, TASK, TEXT = 0, 1, 2  # the values of `kind`: what a token counts for as a prediction target
-HELD_OUT = 20  # one file in 20 is never trained on: bits per byte are measured there
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _docstrings(path):
-    """The docstrings of one Python file, joined; "" if it does not parse."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, OSError):
-        return ""
-    nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-    return "\n\n".join(d for d in map(ast.get_docstring, nodes) if d and len(d) > 80)
-
-
-def _source(path):
-    try:
-        return path.read_text("utf-8")
-    except (UnicodeDecodeError, OSError):
-        return ""
-
-
-def _read(job):
-    kind, path = job
-    return (_docstrings if kind == "prose" else _source)(Path(path))
-
-
-def installed_files(kind):
-    """Python files to read for "prose" (docstrings) or "code", in an order that does not depend on the file system:
-    the standard library for both, and for prose the packages that this project needs anyway."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    if kind == "prose":
-        site = Path(sysconfig.get_path("purelib"))
-        roots += [site / name for name in ("torch", "sympy", "networkx", "numpy", "matplotlib")]
-    files = []
-    for root in roots:
-        found = [p for p in root.rglob("*.py") if not {"test", "tests", "site-packages", "idlelib"} & set(p.parts[3:])]
-        files += sorted(found, key=lambda p: blake2b(str(p.relative_to(root)).encode(), digest_size=8).digest())
-    return files
-
-
-def read_text(kind, max_bytes, workers=1):
-    """Two lists of texts, (training, held out), together about `max_bytes`; the split is by file name."""
-    files, texts, size = installed_files(kind), ([], []), 0
-    with _pool(workers) as pool:
-        for start in range(0, len(files), 256):
-            batch = files[start : start + 256]
-            for path, text in zip(batch, pool.map(_read, [(kind, str(p)) for p in batch], chunksize=16)):
-                if len(text) > 200 and size < max_bytes:
-                    digest = blake2b(path.name.encode(), digest_size=4).digest()
-                    texts[int.from_bytes(digest, "big") % HELD_OUT == 0].append(text)
-                    size += len(text)
-            if size >= max_bytes:
-                break
-    return texts
-
-
-def read_folder(path):
-    """Your own corpus: a text file, or a folder of them, split into (training, held out) by file.
-
-    Raises ValueError with a sentence if there is no text there, or if a file is not UTF-8 text.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"--text {path} does not exist: give a text file or a folder of text files")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    texts = []
-    for file in files:
-        try:
-            text = file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{file} is not UTF-8 text (byte {e.start}): convert it or take it out") from None
-        if "\0" in text:
-            raise ValueError(f"{file} holds NUL bytes, so it is not text: take it out of the corpus")
-        texts.append(text)
-    size = sum(len(t.strip()) for t in texts)
-    if size < 10_000:
-        raise ValueError(f"--text {path} has {size} characters in {len(files)} files: give at least 10,000")
-    pieces = [t[i : i + 20_000] for t in texts for i in range(0, len(t), 20_000)]
-    held = [p for i, p in enumerate(pieces) if i % HELD_OUT == HELD_OUT - 1] or [pieces[-1][-len(pieces[-1]) // 10 :]]
-    train = [p for i, p in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1]
-    return train, held
-
-
-class _serial:
-    """Stands in for a process pool where one process is enough."""
-
-    map = staticmethod(lambda fn, jobs, chunksize=1: map(fn, jobs))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-
-def _pool(workers):
-    """`spawn`, because a fork of a process that already runs torch's threads can hang."""
-    return _serial() if workers <= 1 else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,8 +143,6 @@ SHARD_ROWS = 256
 
 def _write_shard(job):
     folder, shard, rows, length, blend, seed = job
-    from tokenizer import Tokenizer  # here, so that a worker process imports only what it needs
-
     tokenizer = Tokenizer.load(folder)
     texts = {}
     for source in ("prose", "code"):
@@ -276,7 +167,8 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     """Write `rows` packed rows of `length` tokens to `folder`, or find them there already.
 
     texts: {"prose": [str], "code": [str]}, the training texts. What makes the data (sizes, blend, seed, vocabulary,
-    text) is kept in meta.json, written last: a folder that does not match, or was left unfinished, is made anew. Returns the realised shares of the sources.
+    text) is kept in meta.json, written last: a folder that does not match, or was left unfinished, is made anew.
+    Returns the realised shares of the sources.
     """
     folder = Path(folder)
     if tokenizer.vocab_size > 65536:
@@ -313,8 +205,8 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     shards = -(-rows // SHARD_ROWS)
     jobs = [(folder, shard, rows, length, blend, seed) for shard in range(shards)]
     placed, start, last = dict.fromkeys(blend.sources, 0), time.time(), 0.0
-    with _pool(min(workers, shards)) as pool:
-        for done, part in enumerate(pool.map(_write_shard, jobs), 1):
+    with corpus.pool(min(workers, shards)) as processes:
+        for done, part in enumerate(processes.map(_write_shard, jobs), 1):
             placed = {k: placed[k] + part[k] for k in placed}
             now = time.time()
             if now - last > 2 or done == shards:
@@ -327,6 +219,49 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     temporary.write_text(json.dumps(meta, indent=1))
     os.replace(temporary, folder / "meta.json")
     return meta["shares"]
+
+
+def make(config, workers, say):
+    """(data folder, tokenizer, held-out texts) of a run: reads text, trains a tokenizer, packs rows, or finds them in
+    `out/data`. config has out, text, text_share, data_rows, length, vocab and seed (see train.py)."""
+    folder = Path(config.out) / "data"
+    if config.data_rows * config.length < 20e6:
+        workers = 1  # starting processes would take longer than the work
+    size = config.data_rows * config.length * config.text_share * 4  # about four bytes a token
+    size = int(min(max(size, 1e6), 24e6))
+    start = time.time()
+    if config.text:
+        train, held = corpus.read_folder(config.text)
+        texts, held_out = {"prose": train}, {"text": held}
+        sources = {"prose": config.text_share}
+    else:
+        prose, code = (
+            corpus.read_text(kind, share * size, workers) for kind, share in (("prose", 0.67), ("code", 0.33))
+        )
+        texts, held_out = {"prose": prose[0], "code": code[0]}, {"prose": prose[1], "code": code[1]}
+        sources = {"prose": config.text_share * 0.67, "code": config.text_share * 0.33}
+    characters = sum(len(t) for part in texts.values() for t in part)
+    origin = config.text or "the installed Python packages"
+    say(f"  text: {characters / 1e6:.1f} MB from {origin}, {time.time() - start:.0f} s")
+    try:
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size != config.vocab:
+            raise ValueError
+    except (ValueError, OSError):
+        start, stream = time.time(), tasks.blend(Random("tokenizer"))
+        examples = [s for s, _ in zip(stream, range(min(30 * config.vocab, 60_000)))]
+        chat = "System\n\nUser\n{}\nAssistant\n{}\n{}\n"
+        spoken = [chat.format(s.question, s.trace, s.answer) for s in examples]
+        tokenizer = train_bpe(spoken + [t for part in texts.values() for t in part], config.vocab)
+        say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
+    task_share = 1 - config.text_share
+    blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
+    texts = {k: v for k, v in texts.items() if k in blend.sources}
+    shares = prepare(folder, tokenizer, blend, config.data_rows, config.length, texts, config.seed, workers, say)
+    say(
+        "  blend, realised / intended: " + ", ".join(f"{k} {v:.1%} / {blend.sources[k]:.1%}" for k, v in shares.items())
+    )
+    return folder, tokenizer, held_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

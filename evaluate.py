@@ -23,9 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import corpus
 import data
 import tasks
 from checkpoint import load_pretrained
+from device import choose_device
 from generate import chat_prompt, generate
 
 
@@ -90,14 +92,12 @@ def token_bytes(tokenizer):
 
 def format_table(table):
     """The accuracies as text: a row a family, a column a level; levels beyond training behind the bar."""
-    lines = [f"{'family':<11} {'kind':<10}   level 1     2     3  |  beyond"]
+    lines = [f"{'level':<22} {'1':>6}{'2':>6}{'3':>6}  | beyond"]
     for name, by_level in table.items():
         family = tasks.FAMILIES[name]
-        cells = [f"{by_level[level]['exact']:6.0%}" for level in family.train_levels if level in by_level]
-        beyond = [f"{by_level[level]['exact']:6.0%}" for level in family.beyond if level in by_level]
-        lines.append(
-            f"{name:<11} {family.kind:<10} {''.join(f'{c:>8}' if i == 0 else c for i, c in enumerate(cells))}  | {''.join(beyond)}"
-        )
+        cells = {level: f"{by_level[level]['exact']:>6.0%}" for level in by_level}
+        trained, beyond = ("".join(cells.get(n, "") for n in ns) for ns in (family.train_levels, family.beyond))
+        lines.append(f"{name:<11} {family.kind:<10} {trained}  | {beyond}")
     return "\n".join(lines)
 
 
@@ -115,9 +115,7 @@ def main(argv=None):
     try:
         if args.count < 1 or args.batch < 1:
             raise ValueError(f"--count and --batch must be at least 1; got {args.count} and {args.batch}")
-        if args.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device {args.device!r} is not one of auto, cpu, cuda")
-        device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device, _ = choose_device(args.device)
         model, tokenizer = load_pretrained(args.checkpoint, device)
         if tokenizer is None:
             raise ValueError(f"{args.checkpoint} has no tokenizer.json, so no question can be put to the model")
@@ -125,7 +123,8 @@ def main(argv=None):
         result = {"accuracy": accuracy(model, tokenizer, args.families, None, args.count, args.seed, args.batch)}
         if not args.no_text:
             result["bits_per_byte"] = {
-                kind: bits_per_byte(model, tokenizer, data.read_text(kind, 3_000_000)[1]) for kind in ("prose", "code")
+                kind: bits_per_byte(model, tokenizer, corpus.read_text(kind, 3_000_000)[1])
+                for kind in ("prose", "code")
             }
         result["seconds"] = round(time.time() - start, 1)
     except (ValueError, FileNotFoundError) as e:

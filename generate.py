@@ -1,4 +1,4 @@
-"""From a prompt to an answer: prefill, cached steps, sampling, stop rules, the thinking budget, and a terminal chat.
+"""From a prompt to an answer: prefill, cached steps, sampling, stop rules, and a terminal chat.
 
 The idea. A prompt is read in one call (prefill), which fills the cache: a fixed-size state for each Mamba layer, keys
 and values for each attention layer. Then every step feeds one token a row and reads the logits of the next. A response:
@@ -6,11 +6,10 @@ and values for each attention layer. Then every step feeds one token a row and r
     prompt ... <think>\\n   trace \\n</think>\\n   answer \\n<SPECIAL_12>      thinking on
     prompt ... <think></think>                  answer \\n<SPECIAL_12>      thinking off
 
-and the *thinking budget* (report section 3.4) may end the trace early: at the right moment `</think>` is fed to the
-model as if it had said so, and it goes on with the answer. The model is never told the number.
+What a row says is the model's choice, except where its thinking budget (see budget.py) dictates the next tokens.
 
-Top to bottom: what comes out (`Completion`), the budget as a state machine fed one token at a time (`ThinkState`), the
-choice of a token (`sample`), the loop (`generate`), conversations (`complete_chat`, `answer`), the script.
+Top to bottom: the choice of a token (`sample`), the loop (`generate`), conversations (`chat_prompt`, `answer`), the
+script.
 
     python generate.py "What is 47 + 85?"          one question, or several
     python generate.py                             a chat in the terminal
@@ -22,178 +21,24 @@ to choose a token. Here the loop is forty lines that one can step through. This 
 """
 
 import argparse
-import codecs
-import json
 import math
 import os
 import sys
 import time
-from bisect import bisect_left
 from collections import Counter
-from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
+from budget import GRACE, ThinkState, opens_thought
 from checkpoint import load_pretrained
 from model import memory_bytes
+from template import check_messages, clean
 
-TAG = b"</think>"
 PREFILL = 1024  # prompt positions read in one call: bounds the (row, position, position) mask of a padded batch
 ROWS = {"cpu": 64, "cuda": 512}  # rows in one batch; on a CPU more are slower, once their states outgrow its caches
 SHRINK = 0.75  # finished rows are dropped from the batch when at most this share of it is still running
-
-
-@dataclass
-class Completion:
-    """One response. `prompt`, `thought`, `answer` are text, the last two stripped; `ids` is all that came after the
-    prompt, forced tokens and end of turn included.
-
-    thinking_tokens: tokens that begin after the prompt's `<think>\\n` and before `</think>`; tokens that we put in to
-    close the trace are not counted. answer_tokens: tokens that begin after `</think>` (with thinking off, all), the end
-    of turn not counted. closed_by: who wrote `</think>`: "model"; "newline", the budget at a line's end; "forced", the
-    budget anywhere else; "none", nobody: thinking was off, or the response ended inside its trace and has no answer.
-    """
-
-    prompt: str
-    thought: str
-    answer: str
-    thinking_tokens: int
-    answer_tokens: int
-    closed_by: str
-    ids: list[int]
-
-    def to_json(self) -> str:
-        """One line of JSON, without the ids."""
-        return json.dumps({k: v for k, v in asdict(self).items() if k != "ids"}, ensure_ascii=False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The thinking budget
-
-# How many tokens past the budget a rule waits for a newline before it closes the trace wherever it stands.
-GRACE = {
-    "report": lambda budget: 500,  # report section 3.4 and the model card's text
-    "nim": lambda budget: budget // 10,  # NVIDIA NIM's logits processor
-    "client": lambda budget: 0,  # the model card's example client: it cuts, and does not look for a newline
-}
-
-
-class ThinkState:
-    """What one row has said so far, and when to close its trace: a state machine fed one token at a time.
-
-        state = ThinkState(tokenizer, budget=200, rule="report")
-        forced = state.start()          # before the first token
-        forced = state.feed(token)      # after every token, forced ones included
-
-    `forced` is None, or the list of tokens that must be fed next in place of what the model would choose.
-
-    Everything is decided on decoded bytes, never on one id: `</think>` may be one token or three, its ">" may be glued
-    to a newline, and a newline may sit inside a longer token. Tokens are counted from the first after `<think>\\n`.
-
-    rule "report": once `budget` tokens are counted, close as soon as a token has a newline in it; without one, at
-    budget + 500. "nim": the same with a wait of budget // 10. "client": exactly at the budget, with a full stop put in.
-    With budget 0 the trace is closed before it begins (the newline of `<think>\\n` counts as its line's end).
-
-    Corner cases. If the trace ends by itself first, nothing is forced. A second `</think>` is answer text. A newline
-    inside a longer token closes after that token. A budget that ends inside a multi-byte character is still kept to the
-    token; the half character is left out of `thought`. A budget that ends inside a `</think>` spelled with several
-    tokens completes it instead of starting another.
-
-    Attributes: open (still thinking), closed_by, thinking_tokens, answer_tokens, thought, answer; see `Completion`.
-    """
-
-    def __init__(self, tokenizer, budget=None, rule="report", thinking=True):
-        self.tokenizer, self.budget, self.rule = tokenizer, budget, rule
-        self.open = thinking
-        self.data = bytearray()  # all bytes said so far
-        self.starts = []  # where in `data` each token begins
-        self.closed_by, self.thinking_tokens = "none", 0
-        self.closing = None  # "newline" or "forced" once we have begun to close
-        self.thought_end = None if thinking else 0  # in `data`
-        self.answer_start = None if thinking else 0
-
-    def start(self):
-        """To be called before the first token; returns as `feed`."""
-        return self._check_budget(at_newline=True) if self.open else None
-
-    def feed(self, token):
-        """Take the next token of this row; return the tokens to force after it, or None."""
-        piece = self.tokenizer.decode_bytes([token])
-        self.starts.append(len(self.data))
-        self.data += piece
-        if not self.open:
-            return None
-        at = self.data.find(TAG, max(0, len(self.data) - len(piece) - len(TAG) + 1))
-        if at >= 0:
-            self._close(at)
-            return None
-        if self.closing:  # our own closing tokens are on their way
-            return None
-        self.thinking_tokens += 1
-        return self._check_budget(at_newline=b"\n" in piece)
-
-    def _check_budget(self, at_newline):
-        if self.budget is None or self.thinking_tokens < self.budget:
-            return None
-        if at_newline and self.rule != "client":
-            self.closing = "newline"
-        elif self.thinking_tokens >= self.budget + GRACE[self.rule](self.budget):
-            self.closing = "forced"
-        else:
-            return None
-        self.thought_end = len(self.data)
-        return self._closing_tokens()
-
-    def _closing_tokens(self):
-        """`</think>` on a line of its own, as every trace in training ends. The model card's client appends
-        ".\\n</think>\\n\\n", but its chat template strips the end again: what the model sees stops at the tag."""
-        encode, tag_id, tag = self.tokenizer.encode, self.tokenizer.end_think_id, TAG.decode()
-        before, after = "" if self.data.endswith(b"\n") or not self.data else "\n", "\n"
-        if self.rule == "client":
-            before, after = ".\n", ""
-        if tag_id is not None:
-            return encode(before) + [tag_id] + encode(after)
-        said = 0 if self.rule == "client" else unfinished_tag(self.data)
-        self.thought_end -= said
-        # encoded in one go: the released vocabulary glues the ">" to the newline
-        return encode(tag[said:] + after if said else before + tag + after)
-
-    def _close(self, at):
-        """`</think>` stands at byte `at`."""
-        self.open, self.answer_start = False, at + len(TAG)
-        self.closed_by = self.closing or "model"
-        begun_before = bisect_left(self.starts, at)
-        self.thinking_tokens = min(self.thinking_tokens, begun_before) if self.closing else begun_before
-        self.thought_end = min(self.thought_end, at) if self.closing else at
-
-    @property
-    def answer_tokens(self):
-        return 0 if self.open else len(self.starts) - bisect_left(self.starts, self.answer_start)
-
-    @property
-    def thought(self):
-        return _text(self.data[: self.thought_end]).strip()
-
-    @property
-    def answer(self):
-        return "" if self.open else _text(self.data[self.answer_start :]).strip()
-
-
-def unfinished_tag(data) -> int:
-    """How many bytes of a `</think>` the end of `data` may be: 4 for b"so </th", 0 for b"so"."""
-    return next((n for n in range(len(TAG) - 1, 0, -1) if data.endswith(TAG[:n])), 0)
-
-
-def _text(data):
-    """UTF-8 to str: a character cut off by the end is dropped, other bad bytes become U+FFFD."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(data))
-
-
-def opens_thought(tokenizer, prompt) -> bool:
-    """Whether a prompt of token ids ends with the template's open `<think>\\n`."""
-    return tokenizer.decode_bytes(prompt[-8:]).endswith(b"<think>\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,8 +86,8 @@ def row_uniforms(prompts, steps, seed):
 class _Row:
     """One prompt being answered: its place in the caller's list, its state, what it said, what it must say next."""
 
-    def __init__(self, index, state):
-        self.index, self.state, self.ids, self.done = index, state, [], False
+    def __init__(self, index, prompt, state):
+        self.index, self.prompt, self.state, self.ids, self.done = index, prompt, state, [], False
         self.forced = state.start() or []
 
     def push(self, token, eos):
@@ -257,18 +102,9 @@ class _Row:
 
 @torch.inference_mode()
 def generate(
-    model,
-    tokenizer,
-    prompts,
-    max_new_tokens=512,
-    temperature=0.0,
-    top_p=1.0,
-    thinking=None,
-    thinking_budget=None,
-    budget_rule="report",
-    seed=0,
-    on_token=None,
-):
+    model, tokenizer, prompts, max_new_tokens=512, temperature=0.0, top_p=1.0,
+    thinking=None, thinking_budget=None, budget_rule="report", seed=0, on_token=None,
+):  # fmt: skip
     """Answer a batch of prompts (lists of token ids, of any lengths); returns a `Completion` for each, in order.
 
     max_new_tokens bounds everything after the prompt, forced tokens included. A row stops at the end of turn, whatever
@@ -283,33 +119,35 @@ def generate(
     when enough of them are.
     Raises ValueError for bad arguments, before any computing.
     """
-    budgets, thinkings = _check(
-        model, tokenizer, prompts, max_new_tokens, temperature, top_p, thinking, thinking_budget, budget_rule
-    )
+    if not isinstance(thinking_budget, list | tuple):
+        thinking_budget = [thinking_budget] * len(prompts)
+    if not isinstance(thinking, list | tuple):
+        thinking = [thinking] * len(prompts)
+    _check_options(max_new_tokens, temperature, top_p, thinking_budget, budget_rule)
+    _check_rows(model, tokenizer, prompts, max_new_tokens, thinking_budget=thinking_budget, thinking=thinking)
     if not prompts:
         return []
-    rows = [
-        _Row(i, ThinkState(tokenizer, budget, budget_rule, on))
-        for i, (budget, on) in enumerate(zip(budgets, thinkings))
-    ]
-    device = model.lm_head.weight.device
-    uniforms = row_uniforms(prompts, max_new_tokens, seed).to(device) if temperature > 0 else None
-    by_length = sorted(rows, key=lambda row: len(prompts[row.index]))  # prompts of a batch alike: less padding
-    at_once = _rows_at_once(model, max(map(len, prompts)) + max_new_tokens)
+    rows = []
+    for i, (prompt, budget, on) in enumerate(zip(prompts, thinking_budget, thinking)):
+        on = opens_thought(tokenizer, prompt) if on is None else bool(on)
+        rows.append(_Row(i, prompt, ThinkState(tokenizer, budget, budget_rule, on)))
+    if temperature > 0:
+        uniforms = row_uniforms(prompts, max_new_tokens, seed).to(model.lm_head.weight.device)
+
+    def choose(logits, batch, step):
+        u = uniforms[[row.index for row in batch], step] if temperature > 0 else None
+        return sample(logits, temperature, top_p, u).tolist()
+
+    by_length = sorted(rows, key=lambda row: len(row.prompt))  # prompts of a batch alike: less padding
+    at_once = _rows_at_once(model, len(by_length[-1].prompt) + max_new_tokens)
     was_training = model.training
     model.eval()
     try:
         for i in range(0, len(rows), at_once):
-            batch = by_length[i : i + at_once]
-            _run(model, tokenizer, prompts, batch, max_new_tokens, temperature, top_p, uniforms, on_token)
+            _run(model, tokenizer, by_length[i : i + at_once], max_new_tokens, choose, on_token)
     finally:
         model.train(was_training)
-    return [
-        Completion(
-            tokenizer.decode(prompt), s.thought, s.answer, s.thinking_tokens, s.answer_tokens, s.closed_by, row.ids
-        )
-        for prompt, row, s in ((prompt, row, row.state) for prompt, row in zip(prompts, rows))
-    ]
+    return [row.state.completion(tokenizer.decode(row.prompt), row.ids) for row in rows]
 
 
 def _rows_at_once(model, tokens):
@@ -323,13 +161,11 @@ def _rows_at_once(model, tokens):
     return max(1, min(most, int(free / (2.5 * need))))  # cache, its copy when rows are dropped, activations
 
 
-def _run(model, tokenizer, prompts, batch, max_new_tokens, temperature, top_p, uniforms, on_token):
+def _run(model, tokenizer, batch, max_new_tokens, choose, on_token):
     """Fill in the rows of one batch: `batch` is always the rows that are in the cache, in its order."""
-    device = model.lm_head.weight.device
-    prompts = [prompts[row.index] for row in batch]
+    device, prompts = model.lm_head.weight.device, [row.prompt for row in batch]
     # Prefill. Left padding is document -1, the text document 0.
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_id or 0
+    longest, pad = max(map(len, prompts)), tokenizer.pad_id or 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     seq_idx = None
     if min(map(len, prompts)) < longest:
@@ -342,9 +178,7 @@ def _run(model, tokenizer, prompts, batch, max_new_tokens, temperature, top_p, u
         raise ValueError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
 
     for step in range(max_new_tokens):
-        u = None if uniforms is None else uniforms[[row.index for row in batch], step]
-        chosen = sample(logits, temperature, top_p, u).tolist()
-        for row, token in zip(batch, chosen):
+        for row, token in zip(batch, choose(logits, batch, step)):
             if not row.done:
                 token = row.push(token, tokenizer.eos_id)
                 if on_token is not None:
@@ -375,53 +209,42 @@ def _keep_rows(cache, rows):
         cache.seq_idx = cache.seq_idx[rows]
 
 
-def _check(model, tokenizer, prompts, max_new_tokens, temperature, top_p, thinking, budget, rule):
-    """Every argument of `generate`, or ValueError. Returns the budgets and thinking flags, one a row."""
+def _check_options(max_new_tokens, temperature, top_p, thinking_budget, budget_rule):
+    """ValueError if one of these makes no sense, whatever the model. thinking_budget is a list."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0 (0 is greedy); got {temperature!r}")
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token); got {top_p!r}")
+    for n in thinking_budget:
+        if n is not None and (type(n) is not int or n < 0):
+            raise ValueError(f"thinking_budget must be a whole number of at least 0, or None for no limit; got {n!r}")
+    if budget_rule not in GRACE:
+        raise ValueError(f"unknown budget_rule {budget_rule!r}; choose one of {', '.join(GRACE)}")
+
+
+def _check_rows(model, tokenizer, prompts, max_new_tokens, **one_a_row):
+    """ValueError if a prompt does not fit the model, or a list has not one entry for each."""
     vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
     if tokenizer.vocab_size > vocab:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {vocab}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab}: they do not belong together"
         )
-    if not _whole(max_new_tokens, 1):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}")
-    _check_sampling(temperature, top_p)
-    if rule not in GRACE:
-        raise ValueError(f"unknown budget_rule {rule!r}; choose one of {', '.join(GRACE)}")
+    for name, values in one_a_row.items():
+        if len(values) != len(prompts):
+            raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts: give one for each")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: give at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            bad = next(t for t in prompt if not 0 <= t < vocab)
+        bad = next((t for t in (min(prompt), max(prompt)) if not 0 <= t < vocab), None)
+        if bad is not None:
             raise ValueError(f"prompt {i} has token id {bad}, outside the model's vocabulary of {vocab}")
         if len(prompt) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens, and {max_new_tokens} more would pass the model's {limit} "
                 "positions: shorten the prompt or lower max_new_tokens"
             )
-    budgets = list(budget) if isinstance(budget, list | tuple) else [budget] * len(prompts)
-    flags = list(thinking) if isinstance(thinking, list | tuple) else [thinking] * len(prompts)
-    for name, values in (("thinking_budget", budgets), ("thinking", flags)):
-        if len(values) != len(prompts):
-            raise ValueError(
-                f"{name} has {len(values)} entries for {len(prompts)} prompts: give one a row, or one for all"
-            )
-    for value in budgets:
-        if value is not None and not _whole(value, 0):
-            raise ValueError(
-                f"thinking_budget must be a whole number of at least 0, or None for no limit; got {value!r}"
-            )
-    return budgets, [opens_thought(tokenizer, p) if on is None else bool(on) for p, on in zip(prompts, flags)]
-
-
-def _check_sampling(temperature, top_p):
-    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number of at least 0 (0 is greedy); got {temperature!r}")
-    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1 (1 keeps every token); got {top_p!r}")
-
-
-def _whole(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,17 +256,15 @@ def chat_prompt(tokenizer, messages, thinking=True):
 
     The chat template has the last word: "/think" or "/no_think" inside the last question overrides `thinking`.
     """
-    user = [m["content"] for m in messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    if user and not user[-1].replace("/think", "").replace("/no_think", "").strip():
-        raise ValueError("the prompt is empty: ask something")
-    for m in messages:
-        if isinstance(m.get("content"), str) and any(0xD800 <= ord(c) < 0xE000 for c in m["content"]):
-            raise ValueError("the prompt is not valid text: it has bytes that are not UTF-8")
-    if not thinking and user:
-        last = max(i for i, m in enumerate(messages) if m.get("role") == "user")
-        changed = messages[last] | {"content": messages[last]["content"] + " /no_think"}
-        messages = [*messages[:last], changed, *messages[last + 1 :]]
-    return tokenizer.encode_chat(messages, add_generation_prompt=True)
+    check_messages(messages)
+    messages = [dict(message) for message in messages]
+    for question in [m for m in messages if m["role"] == "user"][-1:]:
+        if not clean(question["content"]):
+            raise ValueError("the prompt is empty: ask something")
+        question["content"] += "" if thinking else " /no_think"
+    if any(0xD800 <= ord(c) < 0xE000 for m in messages for c in m["content"]):
+        raise ValueError("the prompt is not valid text: it has bytes that are not UTF-8")
+    return tokenizer.encode_chat(messages)
 
 
 def complete_chat(model, tokenizer, messages, thinking=True, **options):
@@ -453,13 +274,17 @@ def complete_chat(model, tokenizer, messages, thinking=True, **options):
 
 def answer(model, tokenizer, question, system="", thinking=True, **options):
     """One question, one `Completion`, whose `prompt` is the question. Options as in `generate`."""
-    completion = complete_chat(model, tokenizer, _messages(question, system), thinking, **options)
+    completion = complete_chat(model, tokenizer, _asked(question, _system(system)), thinking, **options)
     completion.prompt = question
     return completion
 
 
-def _messages(question, system):
-    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
+def _system(text):
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _asked(question, before):
+    return [*before, {"role": "user", "content": question}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,44 +348,43 @@ def main(argv=None):
 
 def _script(args):
     # Everything that can be wrong is looked at before the model is read, which may take minutes.
-    questions = list(args.question)
-    if args.file is not None:
-        questions += _read_questions(args.file)
+    questions = args.question + ([] if args.file is None else _read_questions(args.file))
     if any(not q.strip() for q in questions):
         raise ValueError("a question is empty: put text between the quotes")
     if args.json and not questions:
         raise ValueError("--json needs questions: give them on the command line or with --file")
-    if args.thinking_budget is not None and args.thinking_budget < 0:
-        raise ValueError(f"--thinking-budget must be at least 0; got {args.thinking_budget}")
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1; got {args.max_new_tokens}")
-    _check_sampling(args.temperature, args.top_p)
+    _check_options(_room(args), args.temperature, args.top_p, [args.thinking_budget], args.budget_rule)
 
     model, tokenizer = _load(args)
-    options = dict(
-        temperature=args.temperature, top_p=args.top_p, budget_rule=args.budget_rule, seed=args.seed,
-        thinking_budget=args.thinking_budget, max_new_tokens=_room(args),
-    )  # fmt: skip
-    if not questions:
-        return _chat(model, tokenizer, args, options)
-    prompts = [chat_prompt(tokenizer, _messages(q, args.system), not args.no_think) for q in questions]
-    began, tokens = time.perf_counter(), 0
-    printer = None if args.json or len(questions) > 1 else _Printer()
-    at_once = 8 * ROWS["cpu"]  # so that a long file shows its first answers early
+    options = {k: getattr(args, k) for k in ("temperature", "top_p", "seed", "thinking_budget", "budget_rule")}
+    options["max_new_tokens"] = _room(args)
+    began = time.perf_counter()
+    if questions:
+        tokens, seconds = _answer_all(model, tokenizer, args, questions, options), time.perf_counter() - began
+    else:
+        tokens, seconds = _chat(model, tokenizer, args, options)
+    if tokens:
+        print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _answer_all(model, tokenizer, args, questions, options):
+    """Answer and print; returns the number of tokens said."""
+    prompts = [chat_prompt(tokenizer, _asked(q, _system(args.system)), not args.no_think) for q in questions]
+    only = _Printer() if len(questions) == 1 and not args.json else None  # shown as it comes
+    tokens, at_once = 0, 8 * ROWS["cpu"]  # so that a long file shows its first answers early
     for i in range(0, len(prompts), at_once):
-        for j, c in enumerate(generate(model, tokenizer, prompts[i : i + at_once], on_token=printer, **options)):
+        for j, c in enumerate(generate(model, tokenizer, prompts[i : i + at_once], on_token=only, **options)):
             c.prompt = questions[i + j]
             tokens += len(c.ids)
             if args.json:
                 print(c.to_json(), flush=True)
-            elif printer:
-                printer.finish(c)
+            elif only:
+                only.finish(c)
             else:
                 print(f"> {c.prompt}")
-                _Printer().whole(c)
-    seconds = time.perf_counter() - began
-    print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s", file=sys.stderr)
-    return 0
+                _Printer().finish(c)
+    return tokens
 
 
 def _room(args):
@@ -573,14 +397,14 @@ def _room(args):
 
 def _read_questions(path):
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; give a text file with one question a line") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})") from None
-    if "\0" in "".join(lines):
+    if "\0" in text:
         raise ValueError(f"{path} is not text: it has zero bytes")
-    questions = [line.strip() for line in lines if line.strip()]
+    questions = [line.strip() for line in text.splitlines() if line.strip()]
     if not questions:
         raise ValueError(f"{path} is empty: write one question a line")
     return questions
@@ -591,17 +415,13 @@ def _load(args):
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         raise ValueError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu")
-    device = "cuda" if has_gpu and args.device == "auto" else args.device.replace("auto", "cpu")
+    device = args.device if args.device != "auto" else "cuda" if has_gpu else "cpu"
     why_device = "as asked" if args.device != "auto" else "a GPU is there" if has_gpu else "no GPU here"
-    dtype, why_dtype = getattr(torch, args.dtype, None), "as asked"
-    if dtype is None:
-        why_dtype = "as the checkpoint was saved"
-        if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            dtype, why_dtype = torch.float32, "this GPU has no bfloat16"
+    dtype, why_dtype = getattr(torch, args.dtype, None), "as asked" if args.dtype != "auto" else "as saved"
+    if dtype is None and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        dtype, why_dtype = torch.float32, "this GPU has no bfloat16"
     if not Path(args.checkpoint).exists():
-        raise ValueError(
-            f"{args.checkpoint} does not exist: train a model with `python train.py`, or give --checkpoint"
-        )
+        raise ValueError(f"{args.checkpoint} does not exist: train one with `python train.py`, or give --checkpoint")
     model, tokenizer = load_pretrained(args.checkpoint, device, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer: copy its tokenizer.json there")
@@ -619,105 +439,80 @@ def _load(args):
 class _Printer:
     """Shows a response as it comes: the thought dim, the answer plain. Pass it to `generate` as `on_token`.
 
-    Bytes are held back while they may still become a `</think>` or are an unfinished character. No colours when stdout
-    is not a terminal or NO_COLOR is set.
+    No colours when stdout is not a terminal or NO_COLOR is set.
     """
 
     def __init__(self):
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.decoder, self.shown, self.part = codecs.getincrementaldecoder("utf-8")("replace"), 0, None
+        self.shown = {}  # part -> its text so far
 
     def __call__(self, row, token, state):
-        if state.thought_end is None:
-            self._show("thought", state.data[self.shown : len(state.data) - unfinished_tag(state.data)])
-        elif state.thought_end > 0 and self.part != "answer":
-            self._show("thought", state.data[self.shown : state.thought_end])
-        if not state.open:
-            if self.part != "answer":
-                self.shown = state.answer_start
-                self.decoder.reset()
-            self._show("answer", state.data[self.shown :])
+        self.show(*state.so_far())
 
-    def _show(self, part, new):
-        text = self.decoder.decode(bytes(new))
-        self.shown += len(new)
-        if part != self.part:
-            text = text.lstrip()
-            if not text:
-                return
-            self._end()
-            self.part = part
-            text = ("\033[2m" if self.colour and part == "thought" else "") + f"[{part}]\n" + text
-        print(text, end="", flush=True)
-
-    def _end(self):
-        if self.part:
-            print("\033[0m" if self.colour else "")
-        self.part = None
-
-    def whole(self, c):
-        """Show a finished Completion at once."""
-        for part, text in (("thought", c.thought), ("answer", c.answer)):
-            self._show(part, text.encode())
-        self.finish(c)
+    def show(self, thought, answer):
+        """Print what is new in either part."""
+        for part, text in (("thought", thought), ("answer", answer)):
+            new = text[len(self.shown.get(part, "")) :]
+            if not new:
+                continue
+            if part not in self.shown:
+                new = f"[{part}]\n{new}"
+                print("\n" if self.shown else "", end="")
+            self.shown[part] = text
+            print(f"\033[2m{new}\033[0m" if self.colour and part == "thought" else new, end="", flush=True)
 
     def finish(self, c):
-        """End the response: what is shown is flushed, and a line tells what it took."""
-        self._end()
+        """End the response of a Completion: show what is left of it, and a line that tells what it took."""
+        self.show(c.thought, c.answer)
+        print("\n" if self.shown else "", end="")
         took = f"{c.answer_tokens} tokens answer"
         if c.thinking_tokens or c.closed_by != "none":
-            end = {"model": "closed by the model", "newline": "closed by the budget at a newline"}.get(c.closed_by)
-            end = end or ("closed by the budget, forced" if c.closed_by == "forced" else "never closed")
-            took = f"{c.thinking_tokens} tokens thought ({end}), {took}"
+            end = {"model": "closed by the model", "newline": "closed by the budget at a newline"}
+            end |= {"forced": "closed by the budget, forced", "none": "never closed"}
+            took = f"{c.thinking_tokens} tokens thought ({end[c.closed_by]}), {took}"
         print(f"({took})\n", flush=True)
 
 
 def _chat(model, tokenizer, args, options):
-    """The terminal chat. Earlier thoughts stay in `messages`; the chat template leaves them out of the next prompt."""
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    messages, thinking = list(system), not args.no_think
-    print("/think  /no_think  /budget N (or off)  /new  /quit", file=sys.stderr)
-    tokens = seconds = 0
+    """The terminal chat; returns tokens said and seconds taken.
+
+    Earlier thoughts stay in `messages`; the chat template leaves them out of the next prompt.
+    """
+    messages, thinking, tokens, seconds = _system(args.system), not args.no_think, 0, 0.0
+    tell = lambda text: print(text, file=sys.stderr)
+    tell("/think  /no_think  /budget N (or off)  /new  /quit")
     try:
         while True:
             text = input("> ").strip()
             command, _, value = text.partition(" ")
             if command == "/quit":
                 break
-            if command in ("/think", "/no_think") and not value:
-                thinking = command == "/think"
-                print(f"thinking {'on' if thinking else 'off'}", file=sys.stderr)
+            if text in ("/think", "/no_think"):
+                thinking = text == "/think"
+                tell(f"thinking {'on' if thinking else 'off'}")
+            elif command == "/budget" and (value.strip() == "off" or value.strip().isdecimal()):
+                args.thinking_budget = None if value.strip() == "off" else int(value)
+                options |= dict(thinking_budget=args.thinking_budget, max_new_tokens=_room(args))
+                tell(f"thinking budget {value.strip()}")
             elif command == "/budget":
-                if value.strip() == "off" or value.strip().isdecimal():
-                    args.thinking_budget = None if value.strip() == "off" else int(value)
-                    options |= dict(thinking_budget=args.thinking_budget, max_new_tokens=_room(args))
-                    print(f"thinking budget {value.strip()}", file=sys.stderr)
-                else:
-                    print("/budget wants a number of tokens of at least 0, or off", file=sys.stderr)
+                tell("/budget wants a number of tokens of at least 0, or off")
             elif command == "/new":
-                messages = list(system)
-                print("a new conversation", file=sys.stderr)
+                messages = _system(args.system)
+                tell("a new conversation")
             elif text:
-                messages.append({"role": "user", "content": text})
-                printer, began = _Printer(), time.perf_counter()
+                asked, began, printer = _asked(text, messages), time.perf_counter(), _Printer()
                 try:
-                    c = complete_chat(model, tokenizer, messages, thinking, on_token=printer, **options)
+                    c = complete_chat(model, tokenizer, asked, thinking, on_token=printer, **options)
                 except ValueError as error:
-                    print(error, file=sys.stderr)
-                    messages.pop()
+                    tell(error)
                     continue
-                except KeyboardInterrupt:
-                    printer._end()
-                    raise
                 printer.finish(c)
-                messages.append({"role": "assistant", "content": f"{c.thought}\n</think>\n{c.answer}"})
+                messages = [*asked, {"role": "assistant", "content": f"{c.thought}\n</think>\n{c.answer}"}]
                 seconds += time.perf_counter() - began
                 tokens += len(c.ids)
     except (EOFError, KeyboardInterrupt):
         print()
-    if tokens:
-        print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s", file=sys.stderr)
-    return 0
+    return tokens, seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text to tokens and back: a byte-level BPE that we train ourselves, and the chat format with a thinking block.
+"""Text to tokens and back: a byte-level BPE that we train ourselves.
 
 The idea. A text is a string of UTF-8 bytes, and 256 byte tokens can already spell everything. Byte-pair encoding makes
 the spelling shorter: count all pairs of neighbouring tokens, glue the most frequent pair into a new token, repeat. The
@@ -10,15 +10,15 @@ Ids are laid out like the released tokenizer's, in small: specials first, then t
 The released vocabulary has 1000 reserved specials and 131,072 entries; ours has 16 and a few thousand. Both run through
 the same class, and what we save opens in transformers.
 
-Two kinds of tokens must never mix. *Control* tokens (`<SPECIAL_11>`, end of turn, ...) are written by this file only.
-*Text*, whatever it says, becomes ordinary tokens: a user who types "<SPECIAL_12>" gets a handful of harmless ones, not
-an end of turn. So a chat is rendered as pieces, each marked as control or text, and never as one string to be searched.
+Two kinds of tokens must never mix. *Control* tokens (`<SPECIAL_11>`, `</think>`, ...) come from the chat template and
+from nowhere else. *Text*, whatever it says, becomes ordinary tokens: a user who types "<SPECIAL_12>" gets a handful of
+harmless ones, not an end of turn.
 
 Why this is written by hand, and what the library does better. Training is 40 lines because the algorithm is the lesson;
 Hugging Face `tokenizers` finds the same merges (see the tests), uses all cores, and trains other models than BPE too.
 Encoding is left to tiktoken's Rust engine, built on our own ranks: a named tiktoken encoding would be a download.
 
-This file knows nothing of models, tensors or files of training data.
+This file must not know models, tensors or training data.
 """
 
 import heapq
@@ -31,11 +31,22 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from template import (
+    CHAT_TEMPLATE,
+    END_THINK,
+    END_TURN,
+    SYSTEM_TURN,
+    THINK,
+    TURN,
+    check_text,
+    clean,
+    render_chat,
+)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Names and numbers
 
-UNK, BOS, EOS, THINK, END_THINK = "<unk>", "<s>", "</s>", "<think>", "</think>"
-SYSTEM_TURN, TURN, END_TURN = "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 
 # The released numbering where it exists: 0, 1, 2, 10, 11, 12. Giving <think> and </think> an id of their own is our
 # choice; the released vocabulary spells them with three ordinary tokens each, and this class handles both.
@@ -88,7 +99,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         raise ValueError("train_bpe wants an iterable of texts, got one string: wrap it in a list.")
     counts = Counter()
     for text in texts:
-        counts.update(regex.findall(PATTERN, _check_text(text, "a training text")))
+        counts.update(regex.findall(PATTERN, check_text(text, "a training text")))
 
     order = sorted(range(256), key=BYTE_TO_CHAR.get)
     tokens = [bytes([b]) for b in order]  # symbol number -> bytes; grows by one with each merge
@@ -148,210 +159,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The chat format
-
-
-def render_chat(
-    messages: Sequence[dict],
-    add_generation_prompt: bool = True,
-    tools: Sequence[dict] | None = None,
-    continue_final_message: bool = False,
-) -> list[tuple[str, bool]]:
-    """Lay out a conversation as `(text, is_control)` pieces; their texts joined are what the released template renders.
-
-        <SPECIAL_10>System\\n{system}\\n                            always there, empty or not
-        <SPECIAL_11>User\\n{text}\\n
-        <SPECIAL_11>Assistant\\n{answer}\\n<SPECIAL_12>\\n            an earlier turn: its thought is dropped
-        <SPECIAL_11>Assistant\\n<think>\\n                           the generation prompt; <think></think> if off
-
-    `messages` are dicts with `role` (system, only first; user; assistant; tool) and `content` (a string). A final
-    assistant message is a prefill: it is stripped and follows the generation prompt, open if `add_generation_prompt` or
-    `continue_final_message`, closed by `\\n<SPECIAL_12>\\n` otherwise. `tools` (JSON-like dicts) go to the system turn.
-
-    Thinking is on unless switched off. System and user texts are read in order, "/think" switches on, otherwise
-    "/no_think" switches off, the last one wins; both words are deleted from the text. The released template does so by
-    plain substring search, and we keep its quirk because the tokens must be equal: a user text that contains "</think>"
-    counts as "/think" and arrives as "<>", and a path such as "/thinking/a" loses its first six characters.
-
-    Raises ValueError for an empty list, unknown roles, contents that are not strings, or an assistant before any user.
-    """
-    _check_messages(messages, continue_final_message)
-    if not isinstance(tools or [], Sequence) or not all(isinstance(tool, dict) for tool in tools or []):
-        raise ValueError(f"tools must be a list of dicts, one JSON schema each, got {tools!r}.")
-    thinking = True
-    for message in messages:
-        if message["role"] in ("system", "user"):
-            if "/think" in message["content"]:
-                thinking = True
-            elif "/no_think" in message["content"]:
-                thinking = False
-    return _render(messages, thinking, add_generation_prompt, continue_final_message, tools)
-
-
-def chat_text(messages: Sequence[dict], **options) -> str:
-    """The rendered conversation as one string, to look at or to compare. Options as in `render_chat`.
-
-    Do not encode this string: in it, a control token and a user who typed its name look the same.
-    """
-    return "".join(text for text, _ in render_chat(messages, **options))
-
-
-def _render(messages, thinking, add_generation_prompt, continue_final_message=False, tools=None):
-    """`render_chat` after its checks, with thinking decided."""
-    system, turns = "", [m for m in messages if m["role"] != "system"]
-    if messages[0]["role"] == "system":
-        system = _clean(messages[0]["content"])
-    if tools:
-        listed = ", ".join(json.dumps(t.get("function", t), ensure_ascii=False) for t in tools)
-        system += ("\n\n" if system else "") + f"{_TOOLS_INTRO}\n<AVAILABLE_TOOLS>[{listed}]</AVAILABLE_TOOLS>\n\n"
-        system += _TOOLS_USE
-    prefill = turns.pop()["content"].strip() if turns[-1]["role"] == "assistant" else ""
-
-    pieces = [(SYSTEM_TURN, True), (f"System\n{system}\n", False)]
-    for i, turn in enumerate(turns):
-        if turn["role"] == "user":
-            pieces += [(TURN, True), (f"User\n{_clean(turn['content'])}\n", False)]
-        elif turn["role"] == "tool":  # consecutive tool results share one user turn
-            if i == 0 or turns[i - 1]["role"] != "tool":
-                pieces += [(TURN, True), ("User\n<TOOL_RESPONSE>[", False)]
-            more = i + 1 < len(turns) and turns[i + 1]["role"] == "tool"
-            pieces += [(turn["content"] + (", " if more else "]</TOOL_RESPONSE>\n"), False)]
-        else:
-            answer = turn["content"]
-            if END_THINK in answer:  # the released rule: what stands between the first </think> and the next
-                answer = answer.split(END_THINK)[1]
-            answer = answer.strip() + _tool_calls(turn, "\n\n" if answer.strip() else "")
-            pieces += [(TURN, True), (f"Assistant\n{answer}\n", False), (END_TURN, True), ("\n", False)]
-
-    if add_generation_prompt or prefill:
-        pieces += [(TURN, True), ("Assistant\n", False), (THINK, True)]
-        pieces += [("\n", False)] if thinking else [(END_THINK, True)]
-    if prefill:
-        # The model's own words. Its first </think> closes the thought just as it does when the model generates it.
-        thought, close, answer = prefill.partition(END_THINK) if thinking else (prefill, "", "")
-        pieces += [(thought, False)] + ([(END_THINK, True), (answer, False)] if close else [])
-        if not (add_generation_prompt or continue_final_message):
-            pieces += [("\n", False), (END_TURN, True), ("\n", False)]
-    return [piece for piece in pieces if piece[0]]
-
-
-def _clean(text: str) -> str:
-    return text.replace("/think", "").replace("/no_think", "").strip()
-
-
-def _tool_calls(turn: dict, before: str) -> str:
-    """The `<TOOLCALL>[...]</TOOLCALL>` text of an earlier assistant turn, or nothing. Ordinary text, not control."""
-    calls = []
-    for call in turn.get("tool_calls") or []:
-        call = call.get("function", call) if isinstance(call, dict) else {}
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise ValueError(f"a tool call needs a name and arguments, got {call!r}.")
-        arguments = call["arguments"]
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        calls.append(f'{{"name": "{call["name"]}", "arguments": {arguments}}}')
-    return f"{before}<TOOLCALL>[{', '.join(calls)}]</TOOLCALL>" if calls else ""
-
-
-def _check_messages(messages, continue_final_message):
-    if isinstance(messages, str | dict) or not isinstance(messages, Sequence) or len(messages) == 0:
-        raise ValueError(f"a chat is a list of at least one message, got {messages!r}: pass [{{'role': 'user', ...}}].")
-    seen_user = False
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(f"message {i} is {message!r}: it must be a dict with the keys role and content.")
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant", "tool"):
-            raise ValueError(f"message {i} has role {role!r}: use system, user, assistant or tool.")
-        _check_text(content, f"the content of message {i} ({role})")
-        if role == "system" and i > 0 and _clean(content):
-            raise ValueError(f"message {i} is a system message, and only the first message is shown as one: move it.")
-        if role == "assistant" and not seen_user:
-            raise ValueError(f"message {i} is an assistant turn before any user turn: put the user's message first.")
-        seen_user |= role in ("user", "tool")
-    if not seen_user:
-        raise ValueError(f"none of the {len(messages)} messages is a user's: add one with role user.")
-    if continue_final_message and messages[-1]["role"] != "assistant":
-        raise ValueError(f"continue_final_message needs a final assistant message, got role {messages[-1]['role']!r}.")
-
-
-def _check_text(text, what: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, got {type(text).__name__}: decode or convert it first.")
-    return text
-
-
-_LONG = 450_000
-
-
-def _check_blanks(text: str) -> None:
-    """The regex engine gives up inside a run of a million blanks: refuse it before, in a sentence."""
-    for i in range(0, len(text) - _LONG + 1, _LONG):
-        if text[i : i + _LONG].isspace():
-            raise ValueError(f"the text has more than {_LONG:,} blanks in a row at character {i:,}: shorten that run.")
-
-
-# The tool block's tags are the released ones; the sentences around them are ours, so a tool prompt for a released
-# checkpoint should be rendered with the chat template that comes with it.
-_TOOLS_INTRO = "These tools may be called:"
-_TOOLS_USE = (
-    'To call some, write <TOOLCALL>[{"name": "...", "arguments": {...}}]</TOOLCALL> and end your turn. '
-    "The results come back as <TOOL_RESPONSE>[...]</TOOL_RESPONSE>."
-)
-
-# The same layout for transformers' apply_chat_template, saved in tokenizer_config.json. It renders one string, so there
-# user text can spell a control token: inside this project chats are encoded from pieces instead.
-CHAT_TEMPLATE = """
-{%- macro clean(text) -%}{{- text.replace('/think', '').replace('/no_think', '').strip() -}}{%- endmacro -%}
-{%- set s = namespace(on=true, system='', prefill='') -%}
-{%- for m in messages if m.role in ['system', 'user'] -%}
-  {%- if '/think' in m.content -%}{%- set s.on = true -%}
-  {%- elif '/no_think' in m.content -%}{%- set s.on = false -%}{%- endif -%}
-{%- endfor -%}
-{%- if messages[0].role == 'system' -%}{%- set s.system = clean(messages[0].content) -%}{%- endif -%}
-{%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
-{%- if turns[-1].role == 'assistant' -%}
-  {%- set s.prefill = turns[-1].content.strip() -%}{%- set turns = turns[:-1] -%}
-{%- endif -%}
-{{- '<SPECIAL_10>System\\n' + s.system -}}
-{%- if tools -%}
-  {{- ('\\n\\n' if s.system else '') + TOOLS_INTRO + '\\n<AVAILABLE_TOOLS>[' -}}
-  {%- for t in tools -%}{{- (t.function or t) | tojson -}}{{- '' if loop.last else ', ' -}}{%- endfor -%}
-  {{- ']</AVAILABLE_TOOLS>\\n\\n' + TOOLS_USE -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- for m in turns -%}
-  {%- if m.role == 'user' -%}
-    {{- '<SPECIAL_11>User\\n' + clean(m.content) + '\\n' -}}
-  {%- elif m.role == 'tool' -%}
-    {{- '' if loop.previtem is defined and loop.previtem.role == 'tool' else '<SPECIAL_11>User\\n<TOOL_RESPONSE>[' -}}
-    {{- m.content -}}
-    {{- ', ' if loop.nextitem is defined and loop.nextitem.role == 'tool' else ']</TOOL_RESPONSE>\\n' -}}
-  {%- else -%}
-    {%- set answer = (m.content.split('</think>')[1] if '</think>' in m.content else m.content).strip() -%}
-    {{- '<SPECIAL_11>Assistant\\n' + answer -}}
-    {%- if m.tool_calls -%}
-      {{- ('\\n\\n' if answer else '') + '<TOOLCALL>[' -}}
-      {%- for call in m.tool_calls -%}
-        {%- set call = call.function or call -%}
-        {{- '{"name": "' + call.name + '", "arguments": ' -}}
-        {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
-        {{- '}' if loop.last else '}, ' -}}
-      {%- endfor -%}
-      {{- ']</TOOLCALL>' -}}
-    {%- endif -%}
-    {{- '\\n<SPECIAL_12>\\n' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt or s.prefill -%}
-  {{- '<SPECIAL_11>Assistant\\n' + ('<think>\\n' if s.on else '<think></think>') + s.prefill -}}
-  {{- '' if add_generation_prompt or continue_final_message else '\\n<SPECIAL_12>\\n' -}}
-{%- endif -%}
-"""
-CHAT_TEMPLATE = CHAT_TEMPLATE.strip().replace("TOOLS_INTRO", repr(_TOOLS_INTRO)).replace("TOOLS_USE", repr(_TOOLS_USE))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -362,6 +169,10 @@ class Tokenizer:
     is the regular expression that cuts the text. tiktoken glues pairs in the order of the numbers it is given; the ids
     serve as these numbers, with any offset and any gaps. If a file's merge order is not its id order, `merge_order`
     (the tokens, first merged first) says so, and numbers are translated to ids on the way out.
+
+    Attributes: bos_id; eos_id, the end of turn, which stops a generation; pad_id, `<unk>`, which byte-level text never
+    produces; think_id and end_think_id. None where the vocabulary has no such token: the released one spells `<think>`
+    with ordinary tokens, so look for the text there.
 
     Raises ValueError if a byte is missing, two tokens share an id, or the pattern does not compile.
     """
@@ -400,47 +211,25 @@ class Tokenizer:
         for name, i in self.specials.items():
             self._bytes[i] = name.encode()
         self._special_ids = set(self.specials.values())
+        names = (BOS, END_TURN, UNK, THINK, END_THINK)
+        self.bos_id, self.eos_id, self.pad_id, self.think_id, self.end_think_id = map(self.specials.get, names)
 
     @property
     def vocab_size(self) -> int:
         """Rows that an embedding needs: the largest id plus one."""
         return len(self._bytes)
 
-    @property
-    def bos_id(self) -> int | None:
-        return self.specials.get(BOS)
-
-    @property
-    def eos_id(self) -> int | None:
-        """End of turn, `<SPECIAL_12>`: what stops a generation."""
-        return self.specials.get(END_TURN)
-
-    @property
-    def pad_id(self) -> int | None:
-        """`<unk>`, which byte-level text never produces."""
-        return self.specials.get(UNK)
-
-    @property
-    def think_id(self) -> int | None:
-        """None where ordinary tokens spell `<think>`, as in the released vocabulary: look for the text then."""
-        return self.specials.get(THINK)
-
-    @property
-    def end_think_id(self) -> int | None:
-        return self.specials.get(END_THINK)
-
     # Text
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. Control tokens never come out, whatever the text says. No `<s>` is added."""
-        if len(_check_text(text, "the text to encode")) >= _LONG:
-            _check_blanks(text)
+        _check_blanks(check_text(text, "the text to encode"))
         ids = self._encoding.encode_ordinary(text)
         return ids if self._to_id is None else [self._to_id[i] for i in ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts. Long ones use all cores; for short ones threads cost more than they give."""
-        if len(texts) < 2 or sum(len(_check_text(text, "a text to encode")) for text in texts) < 10_000 * len(texts):
+        if len(texts) < 2 or sum(len(check_text(text, "a text to encode")) for text in texts) < 10_000 * len(texts):
             return [self.encode(text) for text in texts]
         for text in texts:
             _check_blanks(text)
@@ -462,9 +251,6 @@ class Tokenizer:
         return self.decode_bytes(ids, skip_specials).decode("utf-8", errors="replace")
 
     # Chat
-
-    render_chat = staticmethod(render_chat)
-    chat_text = staticmethod(chat_text)
 
     def encode_chat(self, messages: Sequence[dict], **options) -> list[int]:
         """Ids of a conversation; options as in `render_chat`."""
@@ -505,35 +291,28 @@ class Tokenizer:
         `ids[mask_start:]` is the response. What is the same in every example is encoded once, so that a million short
         examples take half a minute.
         """
-        on, off = self._frame(True), self._frame(False)
-        encode, out, close = self.encode, [], self.end_think_id
+        on, off, out = self._frame(True), self._frame(False), []
         for question, trace, answer, *system in examples:
             if not (isinstance(question, str) and isinstance(answer, str) and isinstance(trace, str | None)):
                 raise ValueError(
                     f"question and answer must be strings, trace too or None: got {(question, trace, answer)}."
                 )
-            begin, turn, end = off if trace is None else on
+            begin, turn = off if trace is None else on
+            said = [(f"{answer}\n", False), (END_TURN, True)]
+            if trace is not None:
+                said = [(f"{trace}\n", False), (END_THINK, True), ("\n", False), *said]
             if system and system[0]:
-                text = f"System\n{_clean(system[0])}\n"
+                text = f"System\n{clean(system[0])}\n"
                 begin = self._encode_pieces([(SYSTEM_TURN, True), (text, False), (TURN, True)])
-            ids = begin + encode(f"User\n{_clean(question)}\n") + turn
-            start = len(ids)
-            if trace is None:
-                ids += encode(answer + "\n")
-            elif close is None:
-                ids += encode(f"{trace}\n{END_THINK}\n{answer}\n")
-            else:
-                ids += encode(trace + "\n")
-                ids.append(close)
-                ids += encode(f"\n{answer}\n")
-            out.append((ids + end, start))
+            prompt = begin + self.encode(f"User\n{clean(question)}\n") + turn
+            out.append((prompt + self._encode_pieces(said), len(prompt)))
         return out
 
-    def _frame(self, thinking: bool) -> tuple[list[int], list[int], list[int]]:
-        """The constant tokens of a one-turn chat: before the user's text, from there to the response, after it."""
-        pieces = _render([{"role": "user", "content": ""}], thinking, True)
+    def _frame(self, thinking: bool) -> tuple[list[int], list[int]]:
+        """The constant tokens of a one-turn chat: before the user's text, and from there to the response."""
+        pieces = render_chat([{"role": "user", "content": "" if thinking else "/no_think"}])
         user = pieces.index(("User\n\n", False))
-        return tuple(self._encode_pieces(p) for p in (pieces[:user], pieces[user + 1 :], [(END_TURN, True)]))
+        return self._encode_pieces(pieces[:user]), self._encode_pieces(pieces[user + 1 :])
 
     # Files
 
@@ -595,6 +374,16 @@ class Tokenizer:
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} is not a complete tokenizer.json ({type(error).__name__}: {error}).") from None
         return cls(ranks, specials, pattern, merge_order, template)
+
+
+_LONG = 450_000
+
+
+def _check_blanks(text: str) -> None:
+    """The regex engine gives up inside a run of a million blanks: refuse it before, in a sentence."""
+    for i in range(0, len(text) - _LONG + 1, _LONG):
+        if text[i : i + _LONG].isspace():
+            raise ValueError(f"the text has more than {_LONG:,} blanks in a row at character {i:,}: shorten that run.")
 
 
 def _parse(data: dict, path: Path):

@@ -12,12 +12,16 @@ Source: report section 2.2-2.4 (warmup-stable-decay, AdamW 0.9/0.95, weight deca
 step counts are ours: what a model of this size needs.
 """
 
+# ruff: noqa: E402
+import os
+
+# Before torch is loaded: its CPU threads then sleep soon after they wait. They would otherwise spin, and when anything
+# else runs on a small machine two threads are twenty times slower than one.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import json
 import math
-import os
-import platform
-import resource
 import shlex
 import signal
 import sys
@@ -25,7 +29,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from random import Random
 
 import torch
 import torch.distributed as dist
@@ -36,9 +39,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import data
 import evaluate
+import resume
 import tasks
+from device import choose_device, choose_dtype, memory_gib, peak_flops
+from generate import answer
 from model import PRESETS, build, describe, flops_per_token
-from tokenizer import Tokenizer, train_bpe
 
 
 @dataclass
@@ -67,68 +72,19 @@ class TrainConfig:
     log_every: int | None = None  # steps between lines
     sample_every: int | None = None  # steps between the questions it answers as it trains; 0 for never
     save_every: int | None = None  # steps between saves
-    eval_count: int = 32  # held-out questions for each family and level at the end; 0 for none
+    eval_count: int | None = None  # held-out questions for each family and level at the end; 0 for none
 
 
 RUNS = {  # what suits a preset; any other preset starts from the last
-    "nano-1m": dict(steps=2000, batch_rows=8, length=256, lr=2e-3, decay=0.4, vocab=512, text_share=0.1,
-                    data_rows=16000, log_every=25, sample_every=200, save_every=100),
-    "nano-12m": dict(steps=4000, batch_rows=128, length=512, lr=1e-3, decay=0.3, vocab=4096, text_share=0.2,
-                     data_rows=400_000, log_every=50, sample_every=500, save_every=500),
+    "nano-1m": dict(steps=1500, batch_rows=8, length=256, lr=2e-3, decay=0.4, vocab=512, text_share=0.1,
+                    data_rows=12_000, log_every=25, sample_every=150, save_every=100, eval_count=20),
+    "nano-12m": dict(steps=5500, batch_rows=128, length=512, lr=1.5e-3, decay=0.3, vocab=4096, text_share=0.2,
+                     data_rows=300_000, log_every=50, sample_every=500, save_every=500, eval_count=100),
 }  # fmt: skip
 
-# bf16 matrix peak in FLOP/s, dense, from the makers' data sheets: what MFU is measured against
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Decisions, each with its reason
+# Settings
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def choose_device(wish):
-    """(torch.device, reason)."""
-    if wish not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {wish!r} is not one of auto, cpu, cuda")
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda was asked for and PyTorch sees no CUDA device: use --device cpu, or check_env.py"
-        )
-    if wish == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), "asked for" if wish == "cpu" else "PyTorch sees no CUDA device"
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index), torch.cuda.get_device_name(index)
-
-
-def choose_dtype(wish, device):
-    """(torch.dtype, reason). bfloat16 needs compute capability 8.0: older cards only emulate it, whatever
-    torch.cuda.is_bf16_supported() says."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if wish != "auto":
-        if wish not in names:
-            raise ValueError(f"--dtype {wish!r} is not one of auto, {', '.join(names)}")
-        if wish == "float16" and device.type == "cpu":
-            raise ValueError("--dtype float16 needs a GPU: use bfloat16 or float32 on a CPU")
-        return names[wish], "asked for"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"compute capability {major}.{minor}"
-        return (
-            torch.float16,
-            f"compute capability {major}.{minor} has no bfloat16; losses are scaled, the scan is float32",
-        )
-    if "amx_bf16" in _cpu_flags():
-        return torch.bfloat16, "this CPU has AMX: bfloat16 matrix products are faster"
-    return torch.float32, "this CPU has no bfloat16 matrix unit (AMX)"
-
-
-def _cpu_flags():
-    try:
-        return next(line for line in open("/proc/cpuinfo") if line.startswith("flags")).split()
-    except (OSError, StopIteration):
-        return []
 
 
 def fill_in(config, device):
@@ -236,50 +192,6 @@ def train_step(objective, optimizer, scaler, batch, config, autocast, world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer and data, made once and kept in out/data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_data(config, workers, say):
-    """(data folder, tokenizer, held-out texts). Reads text, trains the tokenizer, packs rows, or finds all of it."""
-    folder = Path(config.out) / "data"
-    size = config.data_rows * config.length * config.text_share * 4  # about four bytes a token
-    size = int(min(max(size, 1e6), 24e6))
-    start = time.time()
-    if config.text:
-        train, held = data.read_folder(config.text)
-        texts, held_out = {"prose": train}, {"text": held}
-        sources = {"prose": config.text_share}
-    else:
-        prose, code = (data.read_text(kind, share * size, workers) for kind, share in (("prose", 0.67), ("code", 0.33)))
-        texts, held_out = {"prose": prose[0], "code": code[0]}, {"prose": prose[1], "code": code[1]}
-        sources = {"prose": config.text_share * 0.67, "code": config.text_share * 0.33}
-    characters = sum(len(t) for part in texts.values() for t in part)
-    say(
-        f"  text: {characters / 1e6:.1f} MB from {config.text or 'the installed Python packages'}, {time.time() - start:.0f} s"
-    )
-    try:
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocab_size != config.vocab:
-            raise ValueError
-    except (ValueError, OSError):
-        start, stream = time.time(), tasks.blend(Random("tokenizer"))
-        examples = [s for s, _ in zip(stream, range(min(30 * config.vocab, 60_000)))]
-        chat = "System\n\nUser\n{}\nAssistant\n{}\n{}\n"
-        spoken = [chat.format(s.question, s.trace, s.answer) for s in examples]
-        tokenizer = train_bpe(spoken + [t for part in texts.values() for t in part], config.vocab)
-        say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
-    task_share = 1 - config.text_share
-    blend = data.Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
-    texts = {k: v for k, v in texts.items() if k in blend.sources}
-    shares = data.prepare(folder, tokenizer, blend, config.data_rows, config.length, texts, config.seed, workers, say)
-    say(
-        "  blend, realised / intended: " + ", ".join(f"{k} {v:.1%} / {blend.sources[k]:.1%}" for k, v in shares.items())
-    )
-    return folder, tokenizer, held_out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -290,8 +202,6 @@ class Stop(Exception):
 
 def ask(model, tokenizer, questions, say):
     """Answer questions and show the thoughts: what people watch while it learns."""
-    from generate import answer
-
     for s in questions:
         done = answer(model, tokenizer, s.question, max_new_tokens=len(s.trace) + len(s.answer) + 24)
         right = tasks.check(s, done.answer) and tasks.check_trace(s, done.thought)
@@ -317,7 +227,7 @@ def run(config):
     state_file = out / "training.safetensors"
     same = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
     if state_file.exists():
-        before = checkpoint.peek_training(state_file)["config"]
+        before = resume.peek_training(state_file)["config"]
         changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in same.items() if before.get(k) != v]
         if changed:
             raise ValueError(
@@ -330,9 +240,7 @@ def run(config):
     tokens = config.batch_rows * config.length
     compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    say(
-        f"device    {device} ({device_reason}{threads}); {world} process{'es' if world > 1 else ''}; torch {torch.__version__}"
-    )
+    say(f"device    {device} ({device_reason}{threads}); processes: {world}; torch {torch.__version__}")
     say(
         f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights and optimizer float32, SSM state float32"
     )
@@ -346,7 +254,7 @@ def run(config):
     # Data: rank 0 prepares, the others wait and then find it there
     if world > 1 and rank > 0:
         dist.barrier()
-    folder, tokenizer, held_out = make_data(config, max(1, (os.cpu_count() or 1) // (1 if rank == 0 else world)), say)
+    folder, tokenizer, held_out = data.make(config, max(1, (os.cpu_count() or 1) // (1 if rank == 0 else world)), say)
     if world > 1 and rank == 0:
         dist.barrier()
     loader = data.Loader(folder, config.batch_rows, rank, world, config.seed)
@@ -366,7 +274,7 @@ def run(config):
 
     step, log, seconds = 0, [], 0.0
     if state_file.exists():
-        loop = checkpoint.load_training(state_file, model, optimizer)
+        loop = resume.load_training(state_file, model, optimizer)
         step, seconds = loop["step"], loop["seconds"]
         loader.restore(loop["loader"])
         scaler.load_state_dict(loop["scaler"])
@@ -382,7 +290,7 @@ def run(config):
             return
         loop = {"step": step, "seconds": seconds + time.time() - clock, "config": same, "loader": loader.state(),
                 "scaler": scaler.state_dict()}  # fmt: skip
-        checkpoint.save_training(state_file, model, optimizer, loop)
+        resume.save_training(state_file, model, optimizer, loop)
         if final:
             checkpoint.save_pretrained(out, model, tokenizer)
 
@@ -395,7 +303,7 @@ def run(config):
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stopping.append(number) or _second(stopping))
-    peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    peak = peak_flops(device)
     flops = 3 * flops_per_token(model_config, config.length)
     questions = tasks.bench_questions()
     clock, window, waited, since = time.time(), torch.zeros(5, device=device), 0.0, step
@@ -443,14 +351,12 @@ def run(config):
                 window.zero_()
                 window_clock, waited, since = time.time(), 0.0, step
             if config.sample_every and rank == 0 and (step % config.sample_every == 0 or step == config.steps // 20):
-                ask(
-                    model,
-                    tokenizer,
-                    [questions[(step // config.sample_every + i) % len(questions)] for i in (0, 3)],
-                    say,
-                )
+                before = time.time()
+                picked = [questions[(step // config.sample_every + i) % len(questions)] for i in (0, 3)]
+                with torch.compiler.set_stance("force_eager"):
+                    ask(model, tokenizer, picked, say)
                 model.train()
-                window_clock += time.time() - now if step % config.log_every == 0 else 0
+                window_clock += time.time() - before
             if step % config.save_every == 0 or step == config.steps:
                 save()
             if stopping:
@@ -464,11 +370,12 @@ def run(config):
     say(f"trained {config.steps} steps in {total:.0f} s ({config.steps * tokens / total:,.0f} tokens/s)")
     result = {"step": step, "seconds": round(total, 1), "parameters": sum(p.numel() for p in model.parameters())}
     if rank == 0:
-        result |= finish(config, model, tokenizer, held_out, log, say)
+        with torch.compiler.set_stance("force_eager"):  # answers have all lengths: nothing to compile for
+            result |= finish(config, model, tokenizer, held_out, log, say)
         result["wall_seconds"] = round(time.time() - started, 1)
         record(result)
-        say(f"\nall done in {result['wall_seconds']:.0f} s. Next: python generate.py --checkpoint {shlex.quote(str(out))} "
-            f'"What is 58 + 67?"   or without a question, to chat')  # fmt: skip
+        say(f"\nall done in {result['wall_seconds']:.0f} s. Next, a new question, or none to chat:")
+        say(f'  python generate.py --checkpoint {shlex.quote(str(out))} "What is 58 + 67?"')
     if world > 1:
         dist.barrier()
     return result
@@ -495,7 +402,8 @@ def finish(config, model, tokenizer, held_out, log, say):
     result["held_out_bits_per_byte"] = texts
     say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in texts.items()))
     if config.eval_count:
-        table = evaluate.accuracy(model, tokenizer, count=config.eval_count)
+        levels = (1, 2, 3) if model.lm_head.weight.device.type == "cpu" else None  # a GPU has time for those beyond
+        table = evaluate.accuracy(model, tokenizer, levels=levels, count=config.eval_count)
         result["accuracy"] = table
         say(f"exact match of trace and answer, {config.eval_count} held-out questions each, free generation:")
         say(evaluate.format_table(table))
@@ -522,14 +430,6 @@ def plot(log, path):
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def memory_gib(device):
-    """The most memory held so far: on a GPU by tensors, on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def command():

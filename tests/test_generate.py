@@ -1,8 +1,4 @@
-"""generate.py: batches, caches, draws, the thinking budget in two vocabularies, and what the script says to bad input.
-
-The budget tests use a scripted model: a tiny module behind the same interface that wants to say a given text, whatever
-it is fed. It keeps the tokens it was fed in its cache, so a test also sees that forced tokens really reached the model.
-"""
+"""generate.py: batches, caches, draws, forced tokens, and what the script says to bad input."""
 
 import json
 import subprocess
@@ -12,107 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from reference import ours
+from scripted import Scripted, id_of, ours_vocabulary, plain, released_vocabulary, words
 
 import generate as G
+from budget import Completion, opens_thought
 from checkpoint import save_pretrained
-from generate import ThinkState, generate
+from generate import generate
 from model import ModelConfig, NemotronH
-from tokenizer import SPECIALS, Tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
 def ours_tokenizer():
-    """`</think>` and `<think>` are one token each."""
-    return train_bpe(["one step a line, two steps: 12 + 34 = 46\nso the answer is 46.\n" * 3], 290)
+    return ours_vocabulary()
 
 
 @pytest.fixture(scope="module")
 def released_like():
-    """`</think>` is ordinary text of several tokens, some with more than the tag in them, as in the released files."""
-    specials = {k: v for k, v in SPECIALS.items() if k not in ("<think>", "</think>")}
-    tokens = [bytes([b]) for b in range(256)]
-    tokens += [
-        b"</",
-        b"th",
-        b"in",
-        b"k",
-        b"thin",
-        b"think",
-        b">\n",
-        b" </",
-        b".\n",
-        b"\n\n",
-        b"ab",
-        b"abc",
-        b"a\n",
-        b"e>",
-    ]
-    ranks = {}
-    for token in tokens:
-        ranks.setdefault(token, 16 + len(ranks))
-    # "[^a-z]*" style pieces would never glue "a\n": this pattern cuts only before a blank
-    return Tokenizer(ranks, specials, r" ?[^ ]+|\s+")
-
-
-def id_of(tokenizer, data):
-    return tokenizer.ranks[data]
-
-
-class Scripted(torch.nn.Module):
-    """Wants to say `wishes[i]` (token ids) in the row whose prompt is row i's; after a forced token it resumes where it
-    was, or, if `after_tag` is given, says that after the first complete `</think>` it has been fed."""
-
-    def __init__(self, tokenizer, wishes, after_tag=None):
-        super().__init__()
-        self.config = ModelConfig(vocab_size=tokenizer.vocab_size)
-        self.lm_head = torch.nn.Linear(tokenizer.vocab_size, tokenizer.vocab_size, bias=False)
-        self.lm_head.weight = torch.nn.Parameter(torch.eye(tokenizer.vocab_size))
-        self.tokenizer, self.wishes, self.after_tag = tokenizer, wishes, after_tag
-        self.fed = {}
-
-    def new_cache(self, batch_size, max_length):
-        class Layer:
-            pass
-
-        class Cache:
-            pass
-
-        cache, layer = Cache(), Layer()
-        layer.history = torch.full((batch_size, max_length), -1)
-        cache.layers, cache.batch_size, cache.length, cache.seq_idx = [None, layer], batch_size, 0, None
-        return cache
-
-    def features(self, ids, cache, seq_idx=None):
-        l, history = ids.shape[1], cache.layers[1].history
-        assert history.shape[0] == ids.shape[0] == cache.batch_size
-        history[:, cache.length : cache.length + l] = ids if seq_idx is None else ids.where(seq_idx == 0, -1)
-        cache.length += l
-        out = torch.zeros(*ids.shape, self.tokenizer.vocab_size)
-        for j, row in enumerate(history.tolist()):
-            text = [t for t in row if t >= 0]
-            i = text[0] - 16 - ord("A")  # prompts begin with the byte "A", "B", ... to name their row
-            said = text[self.prompt_lengths[i] :]
-            self.fed[i] = said
-            tag = self.tokenizer.decode_bytes(said).find(b"</think>")
-            wish = self.wishes[i]
-            if self.after_tag is not None and tag >= 0:
-                said = said[self._tokens_up_to(said, tag + 8) :]
-                wish = self.after_tag
-            out[j, -1, wish[len(said)] if len(said) < len(wish) else self.tokenizer.eos_id] = 1
-        return out
-
-    def _tokens_up_to(self, ids, end):
-        return next(n for n in range(len(ids) + 1) if len(self.tokenizer.decode_bytes(ids[:n])) >= end)
-
-    def run(self, **options):
-        base = self.tokenizer.encode("<think>\n")
-        prompts = [[16 + ord("A") + i] + [16 + ord("x")] * i + base for i in range(len(self.wishes))]
-        self.prompt_lengths = [len(p) for p in prompts]
-        return generate(self, self.tokenizer, prompts, thinking=options.pop("thinking", True), **options)
-
-
-def words(tokenizer, n, each="a"):
-    return [id_of(tokenizer, each.encode())] * n
+    return released_vocabulary()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,7 +63,7 @@ def test_rows_end_alone_are_dropped_and_keep_their_place(model, ours_tokenizer, 
     eos = free[1].ids[3]
     ends = [c.ids.index(eos) + 1 if eos in c.ids else 25 for c in free]
     assert min(ends) < 10 and max(ends) == 25
-    monkeypatch.setattr(Tokenizer, "eos_id", eos)
+    monkeypatch.setattr(ours_tokenizer, "eos_id", eos)
     sizes, keep = [], G._keep_rows
     monkeypatch.setattr(G, "_keep_rows", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
     for share in (0.0, 0.5, 0.99):
@@ -242,176 +154,6 @@ def test_the_ends_of_the_unit_interval():
     assert G.sample(logits, 1.0, 1.0, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 3]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The thinking budget
-
-
-def both(test):
-    return pytest.mark.parametrize("name", ["ours_tokenizer", "released_like"])(test)
-
-
-def plain(tokenizer, text):
-    """Byte tokens, except that "</think>" is the special token where there is one."""
-    out = []
-    for i, part in enumerate(text.split("</think>")):
-        if i:
-            out += tokenizer.encode("</think>") if tokenizer.end_think_id is None else [tokenizer.end_think_id]
-        out += [id_of(tokenizer, bytes([b])) for b in part.encode()]
-    return out
-
-
-@both
-def test_a_trace_that_ends_by_itself(name, request):
-    tokenizer = request.getfixturevalue(name)
-    fake = Scripted(tokenizer, [plain(tokenizer, "so 4\n</think>\n46\n"), plain(tokenizer, "x</think>y</think> z")])
-    for budget in (None, 6, 400):
-        a, b = fake.run(thinking_budget=budget)
-        assert (a.thought, a.answer, a.closed_by, a.thinking_tokens, a.answer_tokens) == ("so 4", "46", "model", 5, 4)
-        assert a.ids[-1] == tokenizer.eos_id
-        assert (b.thought, b.closed_by, b.thinking_tokens) == ("x", "model", 1)
-        assert b.answer == "y</think> z"  # a second one is text of the answer
-
-
-@both
-def test_no_end_at_all(name, request):
-    tokenizer = request.getfixturevalue(name)
-    (c,) = Scripted(tokenizer, [plain(tokenizer, "so 4")]).run(thinking_budget=5)  # end of turn inside the trace
-    assert (c.thought, c.answer, c.closed_by, c.thinking_tokens, c.answer_tokens) == ("so 4", "", "none", 4, 0)
-    (c,) = Scripted(tokenizer, [words(tokenizer, 99)]).run(max_new_tokens=7)
-    assert (c.thought, c.answer, c.closed_by, c.thinking_tokens, len(c.ids)) == ("a" * 7, "", "none", 7, 7)
-
-
-@both
-def test_thinking_off(name, request):
-    tokenizer = request.getfixturevalue(name)
-    fake = Scripted(tokenizer, [plain(tokenizer, "46\n")])
-    (c,) = fake.run(thinking=False, thinking_budget=0)
-    assert (c.thought, c.answer, c.closed_by, c.thinking_tokens, c.answer_tokens) == ("", "46", "none", 0, 3)
-
-
-@both
-@pytest.mark.parametrize(
-    "rule,text,thought,count,closed_by",
-    [
-        ("report", "a" * 12 + "\n" + "b" * 50, "a" * 12, 13, "newline"),  # the next newline after the budget
-        ("report", "a\na\naaaaa\nbbb", "a\na\naaaaa", 10, "newline"),  # the budget is a line's end
-        ("report", "a" * 900, "a" * 510, 510, "forced"),  # none within 500
-        ("report", "a" * 509 + "\n" + "b" * 9, "a" * 509, 510, "newline"),  # the last moment
-        ("client", "a" * 900, "a" * 10, 10, "forced"),
-        ("client", "a" * 9 + "\n" + "b" * 50, "a" * 9, 10, "forced"),
-        ("nim", "a" * 900, "a" * 11, 11, "forced"),  # a tenth of the budget
-        ("nim", "a" * 10 + "\n" + "b" * 50, "a" * 10, 11, "newline"),
-    ],
-)
-def test_the_rules_with_budget_10(name, request, rule, text, thought, count, closed_by):
-    tokenizer = request.getfixturevalue(name)
-    fake = Scripted(tokenizer, [plain(tokenizer, text)], after_tag=plain(tokenizer, "\n46\n"))
-    (c,) = fake.run(max_new_tokens=1000, thinking_budget=10, budget_rule=rule)
-    assert (c.thought, c.thinking_tokens, c.closed_by) == (thought, count, closed_by)
-    assert c.answer.endswith("46")
-    # what the model was fed is what the completion says, and the tag stands on a line of its own
-    said = tokenizer.decode_bytes(c.ids)
-    assert tokenizer.decode_bytes(fake.fed[0]) == said.removesuffix(b"<SPECIAL_12>")
-    assert said.count(b"</think>") == 1
-    before = {"client": b".\n"}.get(rule, b"" if closed_by == "newline" else b"\n")
-    after = b"" if rule == "client" else b"\n"
-    assert tokenizer.decode_bytes(c.ids[:count]) + before + b"</think>" + after in said
-    if tokenizer.end_think_id is not None:
-        assert c.ids.count(tokenizer.end_think_id) == 1
-
-
-@pytest.mark.parametrize("budget,last", [(5, 505), (100, 600)])
-def test_the_wait_of_the_report_is_500_whatever_the_budget(ours_tokenizer, budget, last):
-    state = ThinkState(ours_tokenizer, budget)
-    a, fed = id_of(ours_tokenizer, b"a"), 0
-    while not state.feed(a):
-        fed += 1
-    assert fed + 1 == last == state.thinking_tokens
-
-
-@pytest.mark.parametrize("budget,last", [(1, 1), (9, 9), (10, 11), (39, 42), (200, 220)])
-def test_the_wait_of_nim_is_a_tenth(ours_tokenizer, budget, last):
-    state = ThinkState(ours_tokenizer, budget, "nim")
-    while not state.feed(id_of(ours_tokenizer, b"a")):
-        pass
-    assert state.thinking_tokens == last
-
-
-@both
-@pytest.mark.parametrize("rule,closed_by", [("report", "newline"), ("nim", "newline"), ("client", "forced")])
-def test_budget_zero_closes_before_the_first_token(name, request, rule, closed_by):
-    tokenizer = request.getfixturevalue(name)
-    fake = Scripted(tokenizer, [plain(tokenizer, "never said")], after_tag=plain(tokenizer, "\n7\n"))
-    (c,) = fake.run(thinking_budget=0, budget_rule=rule)
-    assert (c.thought, c.thinking_tokens, c.closed_by) == ("", 0, closed_by)
-    assert c.answer.endswith("7") and b"never" not in tokenizer.decode_bytes(c.ids)
-
-
-def test_a_newline_inside_a_longer_token(released_like):
-    t = released_like
-    for piece in (b".\n", b"\n\n", b"a\n"):
-        fake = Scripted(t, [words(t, 4) + [id_of(t, piece)] + words(t, 50, "b")], after_tag=plain(t, "\n46\n"))
-        (c,) = fake.run(thinking_budget=3)
-        assert (c.thought, c.thinking_tokens, c.closed_by) == (("aaaa" + piece.decode()).strip(), 5, "newline")
-
-
-def test_a_tag_whose_tokens_hold_more_than_the_tag(released_like):
-    t = released_like
-    wish = words(t, 2) + [id_of(t, x) for x in (b" </", b"think", b">\n")] + plain(t, "46\n")
-    (c,) = Scripted(t, [wish]).run(thinking_budget=50)
-    # " </" begins before the tag, so it counts as thought; ">\n" begins before the tag's end, so it is not answer
-    assert (c.thought, c.answer, c.thinking_tokens, c.answer_tokens) == ("aa", "46", 3, 3)
-
-
-@pytest.mark.parametrize("pieces", [[b"</"], [b"</", b"thin"], [b"<"], [b" </", b"think"]])
-@pytest.mark.parametrize("rule", ["nim", "client"])
-def test_the_budget_ends_inside_a_tag_of_several_tokens(released_like, pieces, rule):
-    """The forced close finishes the tag that the model has begun; the client's rule cuts and starts another."""
-    t = released_like
-    wish = words(t, 4) + [id_of(t, p) for p in pieces] + words(t, 50, "b")
-    fake = Scripted(t, [wish], after_tag=plain(t, "46\n"))
-    (c,) = fake.run(thinking_budget=4 + len(pieces), budget_rule=rule)
-    assert (c.closed_by, c.answer) == ("forced", "46")
-    said = t.decode_bytes(c.ids)
-    begun = b"".join(pieces)
-    if rule == "nim":
-        tag_starts_in_token = begun.startswith(b" ")
-        assert c.thinking_tokens == 4 + tag_starts_in_token and c.thought == "aaaa"
-        assert said.startswith(b"aaaa" + begun[: begun.index(b"<")] + b"</think>\n46")
-    else:
-        assert c.thinking_tokens == 4 + len(pieces) and c.thought == ("aaaa" + begun.decode()).strip()
-        assert said.startswith(b"aaaa" + begun + b".\n</think>46")
-
-
-@both
-def test_the_budget_ends_inside_a_character(name, request):
-    tokenizer = request.getfixturevalue(name)
-    fake = Scripted(tokenizer, [plain(tokenizer, "ab\u20ac" * 9)], after_tag=plain(tokenizer, "\n46\n"))
-    (c,) = fake.run(thinking_budget=9, budget_rule="client")  # "ab€" is 5 bytes: 4 are left of the second
-    assert (c.thought, c.answer, c.thinking_tokens) == ("ab\u20acab", "46", 9)
-
-
-def test_every_row_has_its_own_budget(ours_tokenizer):
-    t = ours_tokenizer
-    fake = Scripted(t, [words(t, 40)] * 4, after_tag=plain(t, "\n46\n"))
-    rows = fake.run(thinking_budget=[None, 0, 7, 20], budget_rule="client")
-    assert [c.thinking_tokens for c in rows] == [40, 0, 7, 20]
-    assert [c.closed_by for c in rows] == ["none", "forced", "forced", "forced"]
-    assert [c.answer for c in rows] == ["", "46", "46", "46"]
-
-
-def test_spelled_tag_closes_in_our_vocabulary_too(ours_tokenizer):
-    t = ours_tokenizer
-    (c,) = Scripted(t, [[id_of(t, bytes([b])) for b in b"aa</think>46"]]).run(thinking_budget=50)
-    assert (c.thought, c.answer, c.thinking_tokens, c.closed_by) == ("aa", "46", 2, "model")
-
-
-def test_forced_tokens_count_against_the_bound(ours_tokenizer):
-    t = ours_tokenizer
-    (c,) = Scripted(t, [words(t, 40)]).run(thinking_budget=5, budget_rule="client", max_new_tokens=7)
-    assert len(c.ids) == 7 and c.closed_by == "none" and c.answer == "" and c.thought == "aaaaa"
-
-
 def test_a_real_model_goes_on_as_if_it_had_closed_the_trace_itself(model, ours_tokenizer):
     """After the forced tokens the greedy continuation is that of the whole text fed as a prompt."""
     prompt = PROMPTS[0]
@@ -430,12 +172,10 @@ def test_chat_prompts_and_detection(ours_tokenizer, released_like):
     user = [{"role": "user", "content": "Hi"}]
     for t in (ours_tokenizer, released_like):
         on, off = G.chat_prompt(t, user), G.chat_prompt(t, user, thinking=False)
-        assert t.decode(on).endswith("User\nHi\n<SPECIAL_11>Assistant\n<think>\n") and G.opens_thought(t, on)
-        assert t.decode(off).endswith("User\nHi\n<SPECIAL_11>Assistant\n<think></think>") and not G.opens_thought(
-            t, off
-        )
+        assert t.decode(on).endswith("User\nHi\n<SPECIAL_11>Assistant\n<think>\n") and opens_thought(t, on)
+        assert t.decode(off).endswith("User\nHi\n<SPECIAL_11>Assistant\n<think></think>") and not opens_thought(t, off)
     earlier = [{"role": "user", "content": "a /think"}, {"role": "assistant", "content": "t</think>b"}, *user]
-    assert not G.opens_thought(t, G.chat_prompt(t, earlier, thinking=False))
+    assert not opens_thought(t, G.chat_prompt(t, earlier, thinking=False))
     assert user == [{"role": "user", "content": "Hi"}]  # the caller's list is untouched
     # training and generation agree on the prompt
     ids, mask = ours_tokenizer.encode_example("Hi", None, "x")
@@ -566,7 +306,7 @@ def test_chat_keeps_the_conversation_and_drops_old_thoughts(folder, monkeypatch,
     def reply(model, tokenizer, ids, **options):
         prompts.append((tokenizer.decode(ids[0]), options))
         n = len(prompts)
-        return [G.Completion("", f"thought {n}", f"answer {n}", 5, 3, "model", [20] * 9)]
+        return [Completion("", f"thought {n}", f"answer {n}", 5, 3, "model", [20] * 9)]
 
     monkeypatch.setattr(G, "generate", reply)
     lines = ["one", "", "/budget 2", "/budget -1", "two", "/no_think", "three", "/think", "/budget off", "/new", "four"]

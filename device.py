@@ -1,0 +1,74 @@
+"""Which device, which number format, and why: every script prints what is decided here before it starts.
+
+This file must not know models.
+"""
+
+import os
+import platform
+import resource
+
+import torch
+
+# bf16 matrix peak in FLOP/s, dense, from the makers' data sheets: what MFU is measured against
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def choose_device(wish):
+    """(torch.device, reason)."""
+    if wish not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {wish!r} is not one of auto, cpu, cuda")
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda was asked for and PyTorch sees no CUDA device: use --device cpu, or check_env.py"
+        )
+    if wish == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), "asked for" if wish == "cpu" else "PyTorch sees no CUDA device"
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index), torch.cuda.get_device_name(index)
+
+
+def choose_dtype(wish, device):
+    """(torch.dtype, reason). bfloat16 needs compute capability 8.0: older cards only emulate it, whatever
+    torch.cuda.is_bf16_supported() says."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if wish != "auto":
+        if wish not in names:
+            raise ValueError(f"--dtype {wish!r} is not one of auto, {', '.join(names)}")
+        if wish == "float16" and device.type == "cpu":
+            raise ValueError("--dtype float16 needs a GPU: use bfloat16 or float32 on a CPU")
+        return names[wish], "asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16, f"compute capability {major}.{minor}"
+        return (
+            torch.float16,
+            f"compute capability {major}.{minor} has no bfloat16; losses are scaled, the scan is float32",
+        )
+    if "amx_bf16" in _cpu_flags():
+        return torch.bfloat16, "this CPU has AMX: bfloat16 matrix products are faster"
+    return torch.float32, "this CPU has no bfloat16 matrix unit (AMX)"
+
+
+def _cpu_flags():
+    try:
+        return next(line for line in open("/proc/cpuinfo") if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return []
+
+
+def memory_gib(device):
+    """The most memory held so far: on a GPU by tensors, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_flops(device):
+    """The card's bf16 matrix peak in FLOP/s, or None for a card that is not in the table, or a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for card, flops in PEAK.items() if card in name), None)
