@@ -79,13 +79,9 @@ FIXED = {
     "sliding_window": (None,),
 }
 ABSENT = {  # the same, for fields that the released files do not have at all
-    "num_nextn_predict_layers": (0,),
-    "quantization_config": (),
-    "partial_rotary_factor": (),
-    "rope_theta": (),
-    "rope_scaling": (),
-    "rope_parameters": (),
-}
+    "num_nextn_predict_layers": (0,), "quantization_config": (), "partial_rotary_factor": (), "rope_theta": (),
+    "rope_scaling": (), "rope_parameters": (),
+}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -133,9 +129,8 @@ def _pattern(d):
     pattern, kinds = d.get("hybrid_override_pattern"), d.get("layers_block_type", d.get("layer_types"))
     if kinds is not None:
         if not isinstance(kinds, list) or any(not isinstance(kind, str) or kind not in LAYER_KINDS for kind in kinds):
-            raise CheckpointError(
-                f"config.json has layers_block_type {kinds!r}; use a list of linear_attention, full_attention, mlp"
-            )
+            names = "linear_attention, full_attention, mlp"
+            raise CheckpointError(f"config.json has layers_block_type {kinds!r}; use a list of {names}")
         listed = "".join(LAYER_KINDS[kind] for kind in kinds)
         if pattern not in (None, listed):
             raise CheckpointError(
@@ -145,9 +140,7 @@ def _pattern(d):
     if pattern is None:
         raise CheckpointError("config.json has neither hybrid_override_pattern nor layers_block_type: add the pattern")
     if not isinstance(pattern, str) or not pattern:
-        raise CheckpointError(
-            f"config.json has hybrid_override_pattern {pattern!r}; it must be a text like M-M*-M-, a letter a layer"
-        )
+        raise CheckpointError(f"config.json has hybrid_override_pattern {pattern!r}; it must be a text like M-M*-M-")
     if "E" in pattern:
         raise CheckpointError(
             f"{pattern.count('E')} of the checkpoint's {len(pattern)} layers are mixtures of experts (MoE), which this "
@@ -293,9 +286,7 @@ def _read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}, so it is not a model folder: check the path"
-        ) from None
+        raise CheckpointError(f"{path.parent} has no {path.name}, so it is no model folder: check the path") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
@@ -330,9 +321,7 @@ def load_pretrained(folder, device="cpu", dtype=None):
         with torch.device("meta"):
             model = NemotronH(config)
     except (RuntimeError, OverflowError, TypeError):
-        raise CheckpointError(
-            f"{folder} asks for tensors larger than any machine can address: check config.json"
-        ) from None
+        raise CheckpointError(f"{folder} asks for tensors too large for any machine: check config.json") from None
     sources = _match(
         folder, [open_safetensors(path, device) for path in _weight_files(folder)], dict(model.named_parameters())
     )
@@ -468,25 +457,19 @@ def _match(folder, files, wanted):
             if name in sources:
                 raise CheckpointError(f"{folder} holds the tensor {name} twice: remove one")
             sources[name] = file, key
-    for kind, names in (
-        ("lacks {} of the model's {} tensors", [n for n in wanted if n not in sources]),
-        (
-            "holds {} tensors that the model of its config.json ({} tensors) does not have",
-            sorted(sources - wanted.keys()),
-        ),
-    ):
-        if names:
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise CheckpointError(
-                f"{folder} {kind.format(len(names), len(wanted))} ({some}): config and weights differ"
-            )
+    lacking, extra = [name for name in wanted if name not in sources], sorted(sources - wanted.keys())
+    if lacking or extra:
+        some = ", ".join((lacking or extra)[:3]) + ", ..." * (len(lacking or extra) > 3)
+        what = f"lacks {len(lacking)} of the model's {len(wanted)} tensors"
+        if not lacking:
+            what = f"holds {len(extra)} tensors that the model of its config.json ({len(wanted)} tensors) does not have"
+        raise CheckpointError(f"{folder} {what} ({some}): config and weights differ")
     for name, (file, key) in sources.items():
         header = file.get_slice(key)
         shape, stored = tuple(header.get_shape()), header.get_dtype()
         if shape != tuple(wanted[name].shape):
-            raise CheckpointError(
-                f"{name} has shape {shape} in {folder}, but its config.json asks for {tuple(wanted[name].shape)}"
-            )
+            asked = tuple(wanted[name].shape)
+            raise CheckpointError(f"{name} has shape {shape} in {folder}, but its config.json asks for {asked}")
         if stored not in FLOATS:
             raise CheckpointError(
                 f"{name} is stored as {stored} in {folder}; only {', '.join(FLOATS)} can be read: undo the quantisation"
@@ -510,8 +493,8 @@ def _load_tokenizer(folder, config):
         raise CheckpointError(f"{folder} has a tokenizer that cannot be read: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{folder} has a tokenizer with {tokenizer.vocab_size} ids and a model with only {config.vocab_size} rows: "
-            "they do not belong together"
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} ids and a model of {config.vocab_size} rows: they do "
+            "not belong together"
         )
     return tokenizer
 
@@ -531,8 +514,6 @@ def _device(device):
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise CheckpointError(
-                f"device {device} was asked for, but PyTorch sees {count} CUDA devices: use device cpu"
-            )
+            raise CheckpointError(f"device {device} was asked for, but there are {count} CUDA devices: use device cpu")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device

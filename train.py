@@ -40,6 +40,7 @@ import checkpoint
 import data
 import evaluate
 import resume
+import resume
 import tasks
 from device import choose_device, choose_dtype, memory_gib, peak_flops
 from generate import answer

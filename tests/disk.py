@@ -1,0 +1,75 @@
+"""Disks that fill, processes that die: what the tests of saving share."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import CheckpointError
+
+
+def same(a, b):
+    """Equal to the bit, names, dtypes and order of axes included."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def sentence(call, *words):
+    """`call` must raise a CheckpointError of one line that contains all the words."""
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) > 20, text
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+    return text
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class Killed(BaseException):
+    """As if the power went: nothing after it runs, so `except` and `finally` that tidy up are disabled too."""
+
+
+class Calls:
+    """Counts calls that change the disk and kills at the k-th, before or after it takes effect."""
+
+    WATCHED = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (Path, "unlink")]
+    WATCHED += [(Path, "rmdir"), (Path, "mkdir")]
+
+    def __init__(self, monkeypatch, k=None, after=False):
+        self.k, self.after, self.count, self.dead = k, after, 0, False
+        for where, name in self.WATCHED:
+            monkeypatch.setattr(where, name, self.watch(getattr(where, name)))
+        monkeypatch.setattr(shutil, "rmtree", self.watch(shutil.rmtree))
+
+    def watch(self, real):
+        def call(*args, **kwargs):
+            if self.dead:
+                raise Killed
+            self.count += 1
+            hit = self.count == self.k
+            self.dead = hit and not self.after
+            if self.dead:
+                raise Killed
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if hit:
+                    self.dead = True
+                    raise Killed
+
+        return call
+
+
+def kill_points(save):
+    """Run `save(i)` once to count its calls to the disk, then yield a context for a kill before and after each."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(patch)
+        save()
+    assert calls.count >= 3
+    return [(k, after) for k in range(1, calls.count + 1) for after in (False, True)]
