@@ -321,7 +321,7 @@ def load_pretrained(folder, device="cpu", dtype=None):
         with torch.device("meta"):
             model = NemotronH(config)
     except (RuntimeError, OverflowError, TypeError):
-        raise CheckpointError(f"{folder} asks for tensors too large for any machine: check config.json") from None
+        raise CheckpointError(f"{folder} asks for tensors larger than any machine's memory: check it") from None
     sources = _match(
         folder, [open_safetensors(path, device) for path in _weight_files(folder)], dict(model.named_parameters())
     )

@@ -33,6 +33,7 @@ import torch
 
 from budget import GRACE, ThinkState, opens_thought
 from checkpoint import load_pretrained
+from device import choose_device
 from model import memory_bytes
 from template import check_messages, clean
 
@@ -412,13 +413,9 @@ def _read_questions(path):
 
 def _load(args):
     """Device, dtype, model and tokenizer, with the reasons on stderr."""
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise ValueError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu")
-    device = args.device if args.device != "auto" else "cuda" if has_gpu else "cpu"
-    why_device = "as asked" if args.device != "auto" else "a GPU is there" if has_gpu else "no GPU here"
+    device, why_device = choose_device(args.device)
     dtype, why_dtype = getattr(torch, args.dtype, None), "as asked" if args.dtype != "auto" else "as saved"
-    if dtype is None and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    if dtype is None and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         dtype, why_dtype = torch.float32, "this GPU has no bfloat16"
     if not Path(args.checkpoint).exists():
         raise ValueError(f"{args.checkpoint} does not exist: train one with `python train.py`, or give --checkpoint")

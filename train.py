@@ -40,7 +40,6 @@ import checkpoint
 import data
 import evaluate
 import resume
-import resume
 import tasks
 from device import choose_device, choose_dtype, memory_gib, peak_flops
 from generate import answer
@@ -197,191 +196,6 @@ def train_step(objective, optimizer, scaler, batch, config, autocast, world):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """Raised between steps after Ctrl-C or SIGTERM, so that nothing is cut in the middle."""
-
-
-def ask(model, tokenizer, questions, say):
-    """Answer questions and show the thoughts: what people watch while it learns."""
-    for s in questions:
-        done = answer(model, tokenizer, s.question, max_new_tokens=len(s.trace) + len(s.answer) + 24)
-        right = tasks.check(s, done.answer) and tasks.check_trace(s, done.thought)
-        thought = " / ".join(done.thought.split("\n"))
-        say(f"    {s.question}  <think> {thought[:110]} </think>  {done.answer[:30]!r} {'(right)' if right else ''}")
-
-
-def run(config):
-    """Train; returns the record of the finished run (the last line of log.jsonl)."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device, device_reason = choose_device(config.device)
-    dtype, dtype_reason = choose_dtype(config.dtype, device)
-    config = fill_in(config, device)
-    if config.batch_rows % (world * config.accumulate):
-        raise ValueError(
-            f"--batch-rows {config.batch_rows} cannot be split over {world} processes times {config.accumulate} parts"
-        )
-    say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    out, started = Path(config.out), time.time()
-    out.mkdir(parents=True, exist_ok=True)
-    state_file = out / "training.safetensors"
-    same = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
-    if state_file.exists():
-        before = resume.peek_training(state_file)["config"]
-        changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in same.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{out} holds a run with other settings ({', '.join(changed[:4])}): use the same flags to resume it, "
-                "or another --out, or delete the folder to start anew"
-            )
-
-    # What was decided, and why
-    model_config = replace(PRESETS[config.preset], vocab_size=config.vocab or PRESETS[config.preset].vocab_size)
-    tokens = config.batch_rows * config.length
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    say(f"device    {device} ({device_reason}{threads}); processes: {world}; torch {torch.__version__}")
-    say(
-        f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights and optimizer float32, SSM state float32"
-    )
-    say(f"preset    {config.preset}: " + describe(model_config).replace("\n", "\n          "))
-    say(
-        f"step      {config.batch_rows} rows of {config.length} = {tokens:,} tokens, in {config.accumulate} part(s); "
-        f"{config.steps} steps = {config.steps * tokens / 1e6:.1f} M tokens; peak learning rate {config.lr:g}"
-    )
-    say(f"compile   {'on (the first step takes a minute)' if compiled else 'off: plain PyTorch starts at once'}")
-
-    # Data: rank 0 prepares, the others wait and then find it there
-    if world > 1 and rank > 0:
-        dist.barrier()
-    folder, tokenizer, held_out = data.make(config, max(1, (os.cpu_count() or 1) // (1 if rank == 0 else world)), say)
-    if world > 1 and rank == 0:
-        dist.barrier()
-    loader = data.Loader(folder, config.batch_rows, rank, world, config.seed)
-
-    torch.manual_seed(config.seed)
-    model = build(model_config, device)
-    objective = Objective(model, evaluate.token_bytes(tokenizer).to(device))
-    if compiled:  # layer by layer: equal layers share one compiled graph, half a minute instead of several
-        torch.set_float32_matmul_precision("high")
-        for block in model.backbone.layers:
-            block.compile(dynamic=False)
-    if world > 1:
-        objective = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    step, log, seconds = 0, [], 0.0
-    if state_file.exists():
-        loop = resume.load_training(state_file, model, optimizer)
-        step, seconds = loop["step"], loop["seconds"]
-        loader.restore(loop["loader"])
-        scaler.load_state_dict(loop["scaler"])
-        if rank == 0 and (out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-            log = [line for line in log if line.get("step", 0) <= step and "accuracy" not in line]
-        say(f"resume    at step {step} of {config.steps}")
-    if rank == 0:
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-
-    def save(final=False):
-        if rank > 0:
-            return
-        loop = {"step": step, "seconds": seconds + time.time() - clock, "config": same, "loader": loader.state(),
-                "scaler": scaler.state_dict()}  # fmt: skip
-        resume.save_training(state_file, model, optimizer, loop)
-        if final:
-            checkpoint.save_pretrained(out, model, tokenizer)
-
-    def record(entry):
-        log.append(entry)
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(entry) + "\n")
-
-    stopping = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stopping.append(number) or _second(stopping))
-    peak = peak_flops(device)
-    flops = 3 * flops_per_token(model_config, config.length)
-    questions = tasks.bench_questions()
-    clock, window, waited, since = time.time(), torch.zeros(5, device=device), 0.0, step
-    window_clock = clock
-    say(f"ready after {clock - started:.0f} s; training (Ctrl-C saves)")
-    model.train()
-    try:
-        while step < config.steps:
-            before = time.time()
-            batch = [torch.from_numpy(a) for a in loader.next()]
-            waited += time.time() - before
-            if device.type == "cuda":
-                batch = [t.pin_memory().to(device, non_blocking=True) for t in batch]
-            rate = config.lr * wsd(step, config.steps, config.warmup, config.decay)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            sums, norm = train_step(objective, optimizer, scaler, batch, config, autocast, world)
-            window += sums
-            step += 1
-            if step % config.log_every == 0 or step in (1, config.steps):
-                if world > 1:
-                    dist.all_reduce(window)
-                task, text, tasks_n, text_n, text_bytes = window.tolist()  # waits for the device
-                now = time.time()
-                speed = (step - since) * tokens / (now - window_clock)
-                entry = {
-                    "step": step, "tokens": step * tokens, "seconds": round(seconds + now - clock, 2),
-                    "loss": (task + text) / max(1, tasks_n + text_n), "task_loss": task / max(1, tasks_n),
-                    "bits_per_byte": text / math.log(2) / max(1, text_bytes) if text_bytes else None,
-                    "norm": norm.item(), "lr": rate, "tokens_per_second": speed,
-                    "mfu": speed * flops / peak / world if peak else None, "memory_gib": memory_gib(device),
-                    "waiting": waited / (now - window_clock),
-                }  # fmt: skip
-                if not math.isfinite(entry["loss"]):
-                    raise ValueError(f"the loss is {entry['loss']} at step {step}: lower --lr (now {config.lr:g})")
-                record(entry)
-                left = (config.steps - step) * (now - window_clock) / (step - since)
-                bits = f"{entry['bits_per_byte']:.2f} bits/byte  " if text_bytes else ""
-                mfu = f"MFU {entry['mfu']:.1%}  " if peak else ""
-                say(
-                    f"step {step:5d}/{config.steps}  loss {entry['loss']:.3f}  tasks {entry['task_loss']:.3f}  {bits}"
-                    f"norm {entry['norm']:.2f}  lr {rate:.1e}  {speed:,.0f} tok/s  {mfu}{entry['memory_gib']:.1f} GiB  "
-                    f"waiting {entry['waiting']:.1%}  {left / 60:.1f} min left"
-                )
-                window.zero_()
-                window_clock, waited, since = time.time(), 0.0, step
-            if config.sample_every and rank == 0 and (step % config.sample_every == 0 or step == config.steps // 20):
-                before = time.time()
-                picked = [questions[(step // config.sample_every + i) % len(questions)] for i in (0, 3)]
-                with torch.compiler.set_stance("force_eager"):
-                    ask(model, tokenizer, picked, say)
-                model.train()
-                window_clock += time.time() - before
-            if step % config.save_every == 0 or step == config.steps:
-                save()
-            if stopping:
-                raise Stop
-    except Stop:
-        save(final=True)
-        say(f"stopped at step {step}; saved in {out}. The same command goes on: {command()}")
-        return {"stopped": step}
-    save(final=True)
-    total = seconds + time.time() - clock
-    say(f"trained {config.steps} steps in {total:.0f} s ({config.steps * tokens / total:,.0f} tokens/s)")
-    result = {"step": step, "seconds": round(total, 1), "parameters": sum(p.numel() for p in model.parameters())}
-    if rank == 0:
-        with torch.compiler.set_stance("force_eager"):  # answers have all lengths: nothing to compile for
-            result |= finish(config, model, tokenizer, held_out, log, say)
-        result["wall_seconds"] = round(time.time() - started, 1)
-        record(result)
-        say(f"\nall done in {result['wall_seconds']:.0f} s. Next, a new question, or none to chat:")
-        say(f'  python generate.py --checkpoint {shlex.quote(str(out))} "What is 58 + 67?"')
-    if world > 1:
-        dist.barrier()
-    return result
-
-
 NOT_THE_RUN = {
     "out",
     "device",
@@ -395,21 +209,260 @@ NOT_THE_RUN = {
 }
 
 
-def finish(config, model, tokenizer, held_out, log, say):
-    """The end of a run: accuracy by family, bits per byte on held-out text, a plot."""
-    model.eval()
-    result = {}
-    texts = {k: evaluate.bits_per_byte(model, tokenizer, v, min(512, config.length)) for k, v in held_out.items() if v}
-    result["held_out_bits_per_byte"] = texts
-    say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in texts.items()))
-    if config.eval_count:
-        levels = (1, 2, 3) if model.lm_head.weight.device.type == "cpu" else None  # a GPU has time for those beyond
-        table = evaluate.accuracy(model, tokenizer, levels=levels, count=config.eval_count)
-        result["accuracy"] = table
-        say(f"exact match of trace and answer, {config.eval_count} held-out questions each, free generation:")
-        say(evaluate.format_table(table))
-    plot(log, Path(config.out) / "curve.png")
+class Run:
+    """One training run: what was decided, the objects it needs, where it is, and how it is saved and resumed."""
+
+    def __init__(self, config):
+        self.started = time.time()
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device, device_reason = choose_device(config.device)
+        dtype, dtype_reason = choose_dtype(config.dtype, self.device)
+        self.config = config = fill_in(config, self.device)
+        if config.batch_rows % (self.world * config.accumulate):
+            raise ValueError(
+                f"--batch-rows {config.batch_rows} cannot be split over {self.world} processes times "
+                f"{config.accumulate} parts"
+            )
+        self.out = Path(config.out)
+        self.state_file = self.out / "training.safetensors"
+        self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
+        self.check_settings()
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+        # What was decided, and why
+        self.model_config = replace(
+            PRESETS[config.preset], vocab_size=config.vocab or PRESETS[config.preset].vocab_size
+        )
+        self.tokens = config.batch_rows * config.length
+        compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        self.say(
+            f"device    {self.device} ({device_reason}{threads}); processes: {self.world}; torch {torch.__version__}"
+        )
+        self.say(f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights, optimizer, SSM state float32")
+        self.say(f"preset    {config.preset}: " + describe(self.model_config).replace("\n", "\n          "))
+        self.say(
+            f"step      {config.batch_rows} rows of {config.length} = {self.tokens:,} tokens, in {config.accumulate} "
+            f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
+        )
+        self.say(f"compile   {'on (the first step takes half a minute)' if compiled else 'off: plain PyTorch'}")
+
+        # Data: rank 0 prepares, the others wait and then find it there
+        if self.world > 1 and self.rank > 0:
+            dist.barrier()
+        folder, self.tokenizer, self.held_out = data.make(config, os.cpu_count() or 1, self.say)
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+        self.loader = data.Loader(folder, config.batch_rows, self.rank, self.world, config.seed)
+
+        torch.manual_seed(config.seed)
+        self.model = build(self.model_config, self.device)
+        self.objective = Objective(self.model, evaluate.token_bytes(self.tokenizer).to(self.device))
+        if compiled:  # layer by layer: equal layers share one compiled graph, half a minute instead of several
+            torch.set_float32_matmul_precision("high")
+            for block in self.model.backbone.layers:
+                block.compile(dynamic=False)
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(self.objective, device_ids=ids)
+        self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.autocast = lambda: torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.step, self.log, self.seconds_before = 0, [], 0.0
+        if self.state_file.exists():
+            self.resume()
+        if self.rank == 0:
+            (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.log))
+        self.clock = time.time()
+        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def seconds(self):
+        """Seconds of training so far, earlier lives of the run included."""
+        return self.seconds_before + time.time() - self.clock
+
+    def check_settings(self):
+        """A run can only be resumed with the settings that shape it."""
+        if self.state_file.exists():
+            before = resume.peek_training(self.state_file)["config"]
+            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
+            if changed:
+                raise ValueError(
+                    f"{self.out} holds a run with other settings ({', '.join(changed[:4])}): use the same flags to resume "
+                    "it, or another --out, or delete the folder to start anew"
+                )
+
+    def resume(self):
+        loop = resume.load_training(self.state_file, self.model, self.optimizer)
+        self.step, self.seconds_before = loop["step"], loop["seconds"]
+        self.loader.restore(loop["loader"])
+        self.scaler.load_state_dict(loop["scaler"])
+        if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
+            lines = (self.out / "log.jsonl").read_text().splitlines()
+            entries = [json.loads(line) for line in lines if line.endswith("}")]
+            self.log = [e for e in entries if e["step"] <= self.step and "loss" in e]
+        self.say(f"resume    at step {self.step} of {self.config.steps}")
+
+    def save(self, folder=False):
+        """The training state, and with `folder` also the checkpoint folder that generate.py opens."""
+        if self.rank == 0:
+            loop = {"step": self.step, "seconds": self.seconds(), "config": self.settings,
+                    "loader": self.loader.state(), "scaler": self.scaler.state_dict()}  # fmt: skip
+            resume.save_training(self.state_file, self.model, self.optimizer, loop)
+            if folder:
+                checkpoint.save_pretrained(self.out, self.model, self.tokenizer)
+
+    def record(self, entry):
+        self.log.append(entry)
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    def stop_asked(self, signals):
+        """Whether any process was asked to stop: all of them stop after the same step."""
+        if self.world == 1:
+            return bool(signals)
+        asked = torch.tensor(float(bool(signals)), device=self.device)
+        dist.all_reduce(asked)
+        return asked.item() > 0
+
+    def train(self):
+        """Steps until the last one; False if Ctrl-C or SIGTERM came first. Signals only take effect between steps."""
+        config, signals = self.config, []
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda number, frame: signals.append(number) or _insist(signals))
+        questions = tasks.bench_questions()
+        window = Window(self)
+        self.model.train()
+        while self.step < config.steps:
+            before = time.time()
+            batch = [torch.from_numpy(array) for array in self.loader.next()]
+            window.waited += time.time() - before
+            if self.device.type == "cuda":
+                batch = [t.pin_memory().to(self.device, non_blocking=True) for t in batch]
+            rate = config.lr * wsd(self.step, config.steps, config.warmup, config.decay)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            sums, norm = train_step(
+                self.objective, self.optimizer, self.scaler, batch, config, self.autocast, self.world
+            )
+            window.sums += sums
+            self.step += 1
+            if self.step % config.log_every == 0 or self.step in (1, config.steps):
+                self.record(window.close(norm, rate))
+            every = config.sample_every
+            if every and self.rank == 0 and (self.step % every == 0 or self.step == config.steps // 20):
+                before = time.time()
+                self.ask([questions[(self.step // every + i) % len(questions)] for i in (0, 3)])
+                window.start += time.time() - before
+            if self.step % config.save_every == 0 or self.step == config.steps:
+                self.save(folder=self.step == config.steps)
+            if self.step < config.steps and self.stop_asked(signals):
+                self.save(folder=True)
+                command = "python " + " ".join(map(shlex.quote, sys.argv))
+                self.say(f"stopped at step {self.step}; saved in {self.out}. The same command goes on: {command}")
+                return False
+        return True
+
+    def ask(self, questions):
+        """Answer questions and show the thoughts: what people watch while it learns."""
+        with torch.compiler.set_stance("force_eager"):  # answers have all lengths: nothing to compile for
+            for s in questions:
+                done = answer(self.model, self.tokenizer, s.question, max_new_tokens=len(s.trace + s.answer) + 24)
+                right = tasks.check(s, done.answer) and tasks.check_trace(s, done.thought)
+                thought = " / ".join(done.thought.split("\n"))[:110]
+                self.say(
+                    f"    {s.question}  <think> {thought} </think>  {done.answer[:30]!r} {'(right)' if right else ''}"
+                )
+        self.model.train()
+
+    def finish(self):
+        """The end of a run: bits per byte on held-out text, accuracy by family, a plot; returns the closing record."""
+        config = self.config
+        result = {"step": self.step, "seconds": round(self.seconds(), 1)}
+        self.say(f"trained {config.steps} steps in {self.seconds():.0f} s")
+        with torch.compiler.set_stance("force_eager"):
+            self.model.eval()
+            result["held_out_bits_per_byte"] = bits = {
+                kind: evaluate.bits_per_byte(self.model, self.tokenizer, texts, config.length)
+                for kind, texts in self.held_out.items()
+                if texts
+            }
+            self.say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in bits.items()))
+            if config.eval_count:
+                levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
+                table = evaluate.accuracy(self.model, self.tokenizer, levels=levels, count=config.eval_count)
+                result["accuracy"] = table
+                self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
+                self.say(evaluate.format_table(table))
+        plot(self.log, self.out / "curve.png")
+        result["wall_seconds"] = round(time.time() - self.started, 1)
+        self.record(result)
+        self.say(f"\nall done in {result['wall_seconds']:.0f} s. Next, a new question, or none to chat:")
+        self.say(f'  python generate.py --checkpoint {shlex.quote(str(self.out))} "What is 58 + 67?"')
+        return result
+
+
+class Window:
+    """What happened since the last line of the log."""
+
+    def __init__(self, run):
+        self.run, self.peak = run, peak_flops(run.device)
+        self.flops = 3 * flops_per_token(run.model_config, run.config.length)  # forward and backward
+        self.open()
+
+    def open(self):
+        self.sums = torch.zeros(5, device=self.run.device)
+        self.start, self.waited, self.first = time.time(), 0.0, self.run.step
+
+    def close(self, norm, rate):
+        """One line for people, one entry for log.jsonl (returned). ValueError if the loss is no longer a number."""
+        run, config = self.run, self.run.config
+        if run.world > 1:
+            dist.all_reduce(self.sums)
+        task, text, tasks_n, text_n, text_bytes = self.sums.tolist()  # waits for the device
+        elapsed, steps = time.time() - self.start, run.step - self.first
+        speed = steps * run.tokens / elapsed
+        entry = {
+            "step": run.step, "tokens": run.step * run.tokens, "seconds": round(run.seconds(), 2),
+            "loss": (task + text) / max(1, tasks_n + text_n), "task_loss": task / max(1, tasks_n),
+            "bits_per_byte": text / math.log(2) / text_bytes if text_bytes else None, "norm": norm.item(), "lr": rate,
+            "tokens_per_second": speed, "mfu": speed * self.flops / self.peak / run.world if self.peak else None,
+            "memory_gib": memory_gib(run.device), "waiting": self.waited / elapsed,
+        }  # fmt: skip
+        if not math.isfinite(entry["loss"]):
+            raise ValueError(f"the loss is {entry['loss']} at step {run.step}: lower --lr (now {config.lr:g})")
+        bits = f"{entry['bits_per_byte']:.2f} bits/byte  " if text_bytes else ""
+        mfu = f"MFU {entry['mfu']:.1%}  " if self.peak else ""
+        left = (config.steps - run.step) * elapsed / steps / 60
+        run.say(
+            f"step {run.step:5d}/{config.steps}  loss {entry['loss']:.3f}  tasks {entry['task_loss']:.3f}  {bits}"
+            f"norm {entry['norm']:.2f}  lr {rate:.1e}  {speed:,.0f} tok/s  {mfu}{entry['memory_gib']:.1f} GiB  "
+            f"waiting {entry['waiting']:.1%}  {left:.1f} min left"
+        )
+        self.open()
+        return entry
+
+
+def run(config):
+    """Train, or go on training; returns the closing record, or None if it was stopped."""
+    job = Run(config)
+    if not job.train():
+        return None
+    result = job.finish() if job.rank == 0 else None
+    if job.world > 1:
+        dist.barrier()
     return result
+
+
+def _insist(signals):
+    if len(signals) > 1:
+        raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
 def plot(log, path):
@@ -431,15 +484,6 @@ def plot(log, path):
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def command():
-    return "python " + " ".join(map(shlex.quote, sys.argv))
-
-
-def _second(stopping):
-    if len(stopping) > 1:
-        raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
 def parse(argv=None):
