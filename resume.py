@@ -8,8 +8,8 @@ It is one file so that it is one rename: a kill leaves the previous file or this
 everything fits, so a wrong flag costs a sentence and not a run.
 
 Why this is written by hand, and what the library does better. PyTorch's own saving is one line and takes any object,
-but it pickles, and a pickle is a program that runs when it is opened. torch.distributed.checkpoint splits a state over many
-machines. Here a state is named tensors and JSON, which any safetensors reader can look into.
+but it pickles, and a pickle is a program that runs when it is opened. torch.distributed.checkpoint splits a state over
+many machines. Here a state is named tensors and JSON, which any safetensors reader can look into.
 
 This file must not know training loops: a loop is a dict of numbers to it.
 """

@@ -1,6 +1,5 @@
 """The thinking budget: the three published rules and their corner cases, in two vocabularies, on a scripted model."""
 
-
 import pytest
 from scripted import Scripted, id_of, ours_vocabulary, plain, released_vocabulary, words
 
