@@ -39,13 +39,13 @@ def _read(job):
     return (_docstrings if kind == "prose" else _source)(Path(path))
 
 
+PACKAGES = ("torch", "sympy", "networkx", "numpy", "matplotlib")  # installed with this project's own requirements
+
+
 def installed_files(kind):
-    """Python files to read for "prose" (docstrings) or "code", in an order that does not depend on the file system:
-    the standard library for both, and for prose the packages that this project needs anyway."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    if kind == "prose":
-        site = Path(sysconfig.get_path("purelib"))
-        roots += [site / name for name in ("torch", "sympy", "networkx", "numpy", "matplotlib")]
+    """Python files to read for "prose" (their docstrings) or "code": the standard library, then the packages."""
+    site = Path(sysconfig.get_path("purelib"))
+    roots = [Path(sysconfig.get_path("stdlib")), *(site / name for name in PACKAGES)]
     files = []
     for root in roots:
         found = [p for p in root.rglob("*.py") if not {"test", "tests", "site-packages", "idlelib"} & set(p.parts[3:])]

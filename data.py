@@ -228,18 +228,16 @@ def make(config, workers, say):
     if config.data_rows * config.length < 20e6:
         workers = 1  # starting processes would take longer than the work
     size = config.data_rows * config.length * config.text_share * 4  # about four bytes a token
-    size = int(min(max(size, 1e6), 24e6))
+    size = int(min(max(size, 1e6), 64e6))
     start = time.time()
     if config.text:
         train, held = corpus.read_folder(config.text)
         texts, held_out = {"prose": train}, {"text": held}
         sources = {"prose": config.text_share}
     else:
-        prose, code = (
-            corpus.read_text(kind, share * size, workers) for kind, share in (("prose", 0.67), ("code", 0.33))
-        )
+        prose, code = (corpus.read_text(kind, share * size, workers) for kind, share in (("prose", 0.6), ("code", 0.4)))
         texts, held_out = {"prose": prose[0], "code": code[0]}, {"prose": prose[1], "code": code[1]}
-        sources = {"prose": config.text_share * 0.67, "code": config.text_share * 0.33}
+        sources = {"prose": config.text_share * 0.6, "code": config.text_share * 0.4}
     characters = sum(len(t) for part in texts.values() for t in part)
     origin = config.text or "the installed Python packages"
     say(f"  text: {characters / 1e6:.1f} MB from {origin}, {time.time() - start:.0f} s")
@@ -252,7 +250,10 @@ def make(config, workers, say):
         examples = [s for s, _ in zip(stream, range(min(30 * config.vocab, 60_000)))]
         chat = "System\n\nUser\n{}\nAssistant\n{}\n{}\n"
         spoken = [chat.format(s.question, s.trace, s.answer) for s in examples]
-        tokenizer = train_bpe(spoken + [t for part in texts.values() for t in part], config.vocab)
+        sample = [
+            t for part in texts.values() for t in part[:: 1 + size // 8_000_000]
+        ]  # counts settle long before the end
+        tokenizer = train_bpe(spoken + sample, config.vocab)
         say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
     task_share = 1 - config.text_share
     blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
