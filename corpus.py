@@ -41,6 +41,8 @@ def _read(job):
 
 PACKAGES = ("torch", "sympy", "networkx", "numpy", "matplotlib")  # installed with this project's own requirements
 
+NOT_TEXT = {"test", "tests", "testing", "site-packages", "idlelib"}  # folders left out: tests repeat themselves
+
 
 def installed_files(kind):
     """Python files to read for "prose" (their docstrings) or "code": the standard library, then the packages."""
@@ -48,8 +50,9 @@ def installed_files(kind):
     roots = [Path(sysconfig.get_path("stdlib")), *(site / name for name in PACKAGES)]
     files = []
     for root in roots:
-        found = [p for p in root.rglob("*.py") if not {"test", "tests", "site-packages", "idlelib"} & set(p.parts[3:])]
-        files += sorted(found, key=lambda p: blake2b(str(p.relative_to(root)).encode(), digest_size=8).digest())
+        found = {p: p.relative_to(root).as_posix() for p in root.rglob("*.py")}
+        found = {p: name for p, name in found.items() if not NOT_TEXT & set(name.split("/"))}
+        files += sorted(found, key=lambda p: blake2b(found[p].encode(), digest_size=8).digest())
     return files
 
 
