@@ -96,9 +96,10 @@ def read_folder(path):
     if size < 10_000:
         raise ValueError(f"--text {path} has {size} characters in {len(files)} files: give at least 10,000")
     pieces = [t[i : i + 20_000] for t in texts for i in range(0, len(t), 20_000)]
-    held = [p for i, p in enumerate(pieces) if i % HELD_OUT == HELD_OUT - 1] or [pieces[-1][-len(pieces[-1]) // 10 :]]
-    train = [p for i, p in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1]
-    return train, held
+    held = [p for i, p in enumerate(pieces) if i % HELD_OUT == HELD_OUT - 1]
+    if sum(map(len, held)) < 1000:  # too few or too short: the last tenth of each
+        return [p[: -len(p) // 10] for p in pieces if len(p) > 1], [p[-len(p) // 10 :] for p in pieces]
+    return [p for i, p in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1], held
 
 
 class _Serial:

@@ -16,6 +16,7 @@ not wait, a position is two integers, and ranks read disjoint rows of the same s
 This file must not know models. Source of the idea of a blend with weights in tokens: report section 2.2.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -83,9 +84,14 @@ def _examples(tokenizer, weights, seed, length):
     stream = tasks.blend(Random(seed), weights)
     while True:
         batch = [next(stream) for _ in range(256)]
-        for ids, start in tokenizer.encode_examples((s.question, s.trace, s.answer) for s in batch):
-            if len(ids) <= length:
-                yield ids, start
+        encoded = tokenizer.encode_examples((s.question, s.trace, s.answer) for s in batch)
+        fitting = [(ids, start) for ids, start in encoded if len(ids) <= length]
+        if not fitting:
+            raise ValueError(
+                f"rows of {length} tokens are too short: of {len(batch)} tasks the shortest has "
+                f"{min(len(ids) for ids, _ in encoded)}; raise --length, or --vocab for fewer tokens a task"
+            )
+        yield from fitting
 
 
 def pack_shard(tokenizer, blend, texts, rows, length, seed):
@@ -175,33 +181,80 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
         raise ValueError(f"a vocabulary of {tokenizer.vocab_size} does not fit 16 bits: use at most 65,536 entries")
     if rows < 1 or length < 64:
         raise ValueError(f"a data set needs at least 1 row of at least 64 tokens; got {rows} rows of {length}")
+    lacking = [s for s in blend.sources if s in ("prose", "code") and not texts.get(s)]
+    if lacking:
+        raise ValueError(f"the blend gives {lacking[0]} {blend.sources[lacking[0]]:.0%} but there is no such text")
     workers = workers or min(os.cpu_count() or 1, 64)
-    fingerprint = blake2b(digest_size=16)
-    for part in (tokenizer.encode("the quick brown fox 123"), *(t for s in sorted(texts) for t in texts[s])):
-        fingerprint.update(str(part).encode("utf-8", "replace"))
     families = blend.families and {str(k): v for k, v in blend.families.items()}
     meta = {
         "rows": rows, "length": length, "seed": seed, "vocab_size": tokenizer.vocab_size,
-        "blend": {"sources": blend.sources, "families": families}, "text": fingerprint.hexdigest(),
+        "blend": {"sources": blend.sources, "families": families}, "text": digest(texts),
+        "tokenizer": digest({"ranks": sorted(tokenizer.ranks.items())}),
     }  # fmt: skip
+    found = _meta(folder)
+    if "shares" in found and {k: found.get(k) for k in meta} == json.loads(json.dumps(meta)):
+        return found["shares"]
+    ours = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _clear(folder)
+        meta["shares"] = _write(folder, tokenizer, blend, rows, length, texts, seed, workers, say)
+        temporary = folder / "meta.json.tmp"
+        temporary.write_text(json.dumps(meta, indent=1))
+        os.replace(temporary, folder / "meta.json")
+    except BaseException as error:
+        _clear(folder)
+        for path in ours:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"cannot write {rows * length * 5 / 1e6:,.0f} MB of data to {folder} ({error.strerror or error}): free "
+                "some space, lower --data-rows, or give another --out"
+            ) from None
+        raise
+    return meta["shares"]
+
+
+def _meta(folder):
+    """What meta.json says of a prepared folder; {} if there is none."""
     try:
         found = json.loads((folder / "meta.json").read_text())
-        if {k: found[k] for k in meta} == json.loads(json.dumps(meta)):
-            return found["shares"]
-    except (OSError, ValueError, KeyError):
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def digest(texts):
+    """A fingerprint of {source: [text]}."""
+    state = blake2b(digest_size=16)
+    for part in (part for source in sorted(texts) for part in texts[source]):
+        state.update(f"{part}\0".encode("utf-8", "replace"))
+    return state.hexdigest()
+
+
+def _clear(folder):
+    """Remove what `prepare` writes and nothing else, meta.json first: without it nothing counts as prepared."""
+    names = ["meta.json", "meta.json.tmp", "tokenizer.json", "tokenizer_config.json"]
+    names += [f"{name}.npy" for name in (*ARRAYS, "prose", "prose_ends", "code", "code_ends")]
+    for name in names if folder.is_dir() else ():
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write(folder, tokenizer, blend, rows, length, texts, seed, workers, say):
+    """Everything but meta.json; returns the realised shares. OSError if the disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    for source in blend.sources:
-        if source in ("prose", "code"):
-            if not texts.get(source):
-                raise ValueError(f"the blend gives {source} {blend.sources[source]:.0%} but there is no such text")
-            ids, ends = flatten(tokenizer, texts[source])
-            np.save(folder / f"{source}.npy", ids)
-            np.save(folder / f"{source}_ends.npy", ends)
+    if shutil.disk_usage(folder).free < rows * length * 5:  # bytes of the three arrays
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for source in set(blend.sources) & {"prose", "code"}:
+        ids, ends = flatten(tokenizer, texts[source])
+        np.save(folder / f"{source}.npy", ids)
+        np.save(folder / f"{source}_ends.npy", ends)
     for name, dtype in ARRAYS.items():
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (rows, length)).flush()
+        if hasattr(os, "posix_fallocate"):  # take the room now: a mapped file on a full disk would kill the writer
+            with open(folder / f"{name}.npy", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
     shards = -(-rows // SHARD_ROWS)
     jobs = [(folder, shard, rows, length, blend, seed) for shard in range(shards)]
     placed, start, last = dict.fromkeys(blend.sources, 0), time.time(), 0.0
@@ -214,11 +267,7 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
                 say(f"  data: {done}/{shards} shards, {tokens / 1e6:.1f} M tokens, {now - start:.0f} s")
                 last = now
     total = sum(placed.values())
-    meta["shares"] = {k: v / total for k, v in placed.items()}
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, folder / "meta.json")
-    return meta["shares"]
+    return {k: v / total for k, v in placed.items()}
 
 
 def make(config, workers, say):
@@ -241,9 +290,12 @@ def make(config, workers, say):
     characters = sum(len(t) for part in texts.values() for t in part)
     origin = config.text or "the installed Python packages"
     say(f"  text: {characters / 1e6:.1f} MB from {origin}, {time.time() - start:.0f} s")
-    try:
+    task_share = 1 - config.text_share
+    blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
+    used = {k: v for k, v in texts.items() if k in blend.sources}
+    try:  # the tokenizer that is there, if it was trained on this text
         tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocab_size != config.vocab:
+        if (tokenizer.vocab_size, _meta(folder).get("text")) != (config.vocab, digest(used)):
             raise ValueError
     except (ValueError, OSError):
         start, stream = time.time(), tasks.blend(Random("tokenizer"))
@@ -255,10 +307,7 @@ def make(config, workers, say):
         ]  # counts settle long before the end
         tokenizer = train_bpe(spoken + sample, config.vocab)
         say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
-    task_share = 1 - config.text_share
-    blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
-    texts = {k: v for k, v in texts.items() if k in blend.sources}
-    shares = prepare(folder, tokenizer, blend, config.data_rows, config.length, texts, config.seed, workers, say)
+    shares = prepare(folder, tokenizer, blend, config.data_rows, config.length, used, config.seed, workers, say)
     say(
         "  blend, realised / intended: " + ", ".join(f"{k} {v:.1%} / {blend.sources[k]:.1%}" for k, v in shares.items())
     )

@@ -58,6 +58,16 @@ def _cpu_flags():
         return []
 
 
+def room_gib(device):
+    """All the memory there is: the card's, or the machine's; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
 def memory_gib(device):
     """The most memory held so far: on a GPU by tensors, on a CPU by the process."""
     if device.type == "cuda":

@@ -69,9 +69,10 @@ def bits_per_byte(model, tokenizer, texts, length=512, batch_size=8, max_tokens=
     """Bits the model needs for a byte of `texts`, read in rows of `length` tokens, each from an empty state."""
     ids, _ = data.flatten(tokenizer, texts)
     ids = ids[:max_tokens].astype(np.int64)
+    length = min(length, len(ids))  # a short text is one row
+    if length < 2:
+        raise ValueError(f"bits per byte need at least 2 tokens of text; got {length}")
     rows = len(ids) // length
-    if not rows:
-        raise ValueError(f"bits per byte need at least {length} tokens of text; got {len(ids)}")
     device = model.lm_head.weight.device
     ids = torch.from_numpy(ids[: rows * length]).view(rows, length)
     sizes = token_bytes(tokenizer)
@@ -101,8 +102,14 @@ def format_table(table):
     return "\n".join(lines)
 
 
+def refuse(message):
+    """In place of argparse's own error, which prints all flags: one sentence, as for any other bad input."""
+    raise ValueError(f"{message}; see --help")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("--checkpoint", default="out", help="a checkpoint folder, by default what train.py left in out")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--count", type=int, default=64, help="questions for each family and level; lower it for speed")
@@ -111,8 +118,8 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=256, help="questions at a time; lower it when memory runs out")
     parser.add_argument("--no-text", action="store_true", help="leave out bits per byte on the installed text")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if args.count < 1 or args.batch < 1:
             raise ValueError(f"--count and --batch must be at least 1; got {args.count} and {args.batch}")
         device, _ = choose_device(args.device)
@@ -127,7 +134,7 @@ def main(argv=None):
                 for kind in ("prose", "code")
             }
         result["seconds"] = round(time.time() - start, 1)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
     if args.json:

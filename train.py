@@ -41,9 +41,9 @@ import data
 import evaluate
 import resume
 import tasks
-from device import choose_device, choose_dtype, memory_gib, peak_flops
+from device import choose_device, choose_dtype, memory_gib, peak_flops, room_gib
 from generate import answer
-from model import PRESETS, build, describe, flops_per_token
+from model import PRESETS, build, count_parameters, describe, flops_per_token
 
 
 @dataclass
@@ -102,7 +102,13 @@ def fill_in(config, device):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(config, name)}")
     for name in ("lr", "clip"):
         if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name} must be above 0; got {getattr(config, name)}")
+            raise ValueError(f"--{name} must be a finite number above 0; got {getattr(config, name)}")
+    for name, limit in (("weight_decay", math.inf), ("seed", 2**63)):
+        if getattr(config, name) >= limit:
+            raise ValueError(f"--{name.replace('_', '-')} must be below {limit}; got {getattr(config, name)}")
+    for name in ("out", "text"):
+        if getattr(config, name) == "":
+            raise ValueError(f"--{name} is empty: give a path, or leave the flag out")
     if config.warmup + config.decay > 1:
         raise ValueError(
             f"--warmup {config.warmup} and --decay {config.decay} are shares of the run: together at most 1"
@@ -226,8 +232,7 @@ class Run:
         self.out = Path(config.out)
         self.state_file = self.out / "training.safetensors"
         self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
-        self.check_settings()
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.check_out()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -235,6 +240,12 @@ class Run:
         self.model_config = replace(
             PRESETS[config.preset], vocab_size=config.vocab or PRESETS[config.preset].vocab_size
         )
+        need = 16 * count_parameters(self.model_config)["total"] / 2**30  # weight, gradient, two moments: 4 bytes each
+        if need > room_gib(self.device):
+            raise ValueError(
+                f"--preset {config.preset} needs {need:.1f} GiB for weights, gradients and optimizer alone, and "
+                f"{self.device} has {room_gib(self.device):.1f} GiB: choose a smaller preset"
+            )
         self.tokens = config.batch_rows * config.length
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -274,7 +285,9 @@ class Run:
         if self.state_file.exists():
             self.resume()
         if self.rank == 0:
-            (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.log))
+            temporary = self.out / "log.jsonl.tmp"  # a kill leaves the old log or the new one
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+            os.replace(temporary, self.out / "log.jsonl")
         self.clock = time.time()
         self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
 
@@ -286,10 +299,15 @@ class Run:
         """Seconds of training so far, earlier lives of the run included."""
         return self.seconds_before + time.time() - self.clock
 
-    def check_settings(self):
-        """A run can only be resumed with the settings that shape it."""
+    def check_out(self):
+        """The folder must be one that can be written, and a run in it is only resumed with the settings that shape it.
+        It is created later, with the data, when nothing can be wrong with the flags any more."""
+        there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "may not be written to" if there.is_dir() else "is a file"
+            raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
-            before = resume.peek_training(self.state_file)["config"]
+            before = resume.peek_training(self.state_file).get("config", {})
             changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
             if changed:
                 raise ValueError(
@@ -303,9 +321,8 @@ class Run:
         self.loader.restore(loop["loader"])
         self.scaler.load_state_dict(loop["scaler"])
         if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            lines = (self.out / "log.jsonl").read_text().splitlines()
-            entries = [json.loads(line) for line in lines if line.endswith("}")]
-            self.log = [e for e in entries if e["step"] <= self.step and "loss" in e]
+            entries = map(_entry, (self.out / "log.jsonl").read_text("utf-8", "replace").splitlines())
+            self.log = [e for e in entries if "loss" in e and e.get("step", 0) <= self.step]
         self.say(f"resume    at step {self.step} of {self.config.steps}")
 
     def save(self, folder=False):
@@ -460,6 +477,15 @@ def run(config):
     return result
 
 
+def _entry(line):
+    """A line of log.jsonl; {} for one that a kill cut short."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
 def _insist(signals):
     if len(signals) > 1:
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
@@ -493,7 +519,8 @@ def parse(argv=None):
         name, _, comment = line.strip().partition("  # ")
         if ": " in name and " = " in name:
             comments.setdefault(name.split(":")[0], comment)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = evaluate.refuse
     for f in fields(TrainConfig):
         kind = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
         default = "suits the preset" if f.default is None else f.default
@@ -505,8 +532,11 @@ def parse(argv=None):
 def main(argv=None):
     try:
         run(parse(argv))
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as e:
+    except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("train.py: out of memory: raise --accumulate, or lower --batch-rows or --length", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
