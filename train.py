@@ -140,8 +140,8 @@ def wsd(step, steps, warmup, decay, floor=0.01):
 def make_optimizer(model, lr, weight_decay):
     """AdamW 0.9/0.95. Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and
     offsets whose natural value is not zero."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and not getattr(p, "no_decay", False)]
-    rest = [p for p in model.parameters() if not any(p is q for q in decayed)]
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -159,10 +159,7 @@ class Objective(nn.Module):
         of text targets in nats, their numbers, and the bytes of the text targets."""
         x = self.model.features(ids, seq_idx=doc)[:, :-1]
         targets, kind = ids[:, 1:], kind[:, 1:]
-        if x.device.type == "cpu":  # only what is learned needs the head; a GPU prefers fixed shapes
-            learned = kind != data.NOT_LEARNED
-            x, targets, kind = x[learned], targets[learned], kind[learned]
-        logits = self.model.lm_head(x).float()
+        logits = self.model.lm_head(x).float()  # at every position: shapes that change cost more than they save
         nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
         task, text = kind == data.TASK, kind == data.TEXT
         sums = (nll * task).sum(), (nll * text).sum()
@@ -330,9 +327,9 @@ class Run:
         if self.rank == 0:
             loop = {"step": self.step, "seconds": self.seconds(), "config": self.settings,
                     "loader": self.loader.state(), "scaler": self.scaler.state_dict()}  # fmt: skip
-            resume.save_training(self.state_file, self.model, self.optimizer, loop)
-            if folder:
+            if folder:  # first: a kill in between then repeats some steps, and the folder is written again
                 checkpoint.save_pretrained(self.out, self.model, self.tokenizer)
+            resume.save_training(self.state_file, self.model, self.optimizer, loop)
 
     def record(self, entry):
         self.log.append(entry)

@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,7 +83,9 @@ def test_tasks_are_whole_and_only_the_response_is_learned(packed, tokenizer):
         begin = text.index("<think>\n") + len("<think>\n")
         trace, _, answer = text[begin:].partition("\n</think>\n")
         answer, end = answer.split("\n")
-        assert tokens[0] == tokenizer.bos_id and tokens[-1] == tokenizer.eos_id and end == "<SPECIAL_12>"
+        assert (
+            tokens[0] == tokenizer.specials["<SPECIAL_10>"] and tokens[-1] == tokenizer.eos_id and end == "<SPECIAL_12>"
+        )
         expected, mask = tokenizer.encode_example(question, trace, answer)
         assert tokens == expected
         assert marks == [TASK * m for m in mask]
@@ -244,6 +247,7 @@ def test_an_unfinished_folder_is_made_anew_and_other_files_are_left_alone(folder
         (dict(texts={}), "no such text"),
         (dict(blend=Blend({"code": 1})), "no such text"),
         (dict(rows=10**15), "free some space"),
+        (dict(tokenizer=SimpleNamespace(vocab_size=65537)), "at most 65,536"),
     ],
 )
 def test_what_cannot_be_prepared_leaves_nothing(tmp_path, tokenizer, texts, change, words):
@@ -256,14 +260,14 @@ def test_the_tokenizer_of_another_text_is_not_used(tmp_path):
     """A folder may hold data that another text made, with as large a vocabulary."""
 
     class Settings:
-        out, text, text_share, data_rows, length, vocab, seed = tmp_path, tmp_path / "a.txt", 0.5, 3, 160, 300, 0
+        out, text, text_share, data_rows, length, vocab, seed = tmp_path, tmp_path / "a.txt", 0.5, 3, 160, 400, 0
 
     def made():
         return data.make(Settings, 1, lambda text: None)[1].ranks
 
     Settings.text.write_text(prose(1, 4000))
     first = made()
-    Settings.text.write_text("zxqj " * 4000)
+    Settings.text.write_text("zxqj " * 40_000)
     second = made()
     assert first != second and b" zxqj" in second and made() == second
 
