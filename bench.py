@@ -165,7 +165,7 @@ def main(argv=None):
     mixer.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's own choice)")
     mixer.add_argument("--repeats", type=positive, default=15, help="timed turns of each side (default 15)")
     mixer.add_argument("--chunk-sizes", type=positive, nargs="+", default=[16, 32, 64, 128], metavar="Q",
-                       help="chunk sizes for both sides; the last is the common one (default 16 32 64 128)")  # fmt: skip
+                       help="chunk sizes for both sides; the last is the common one")  # fmt: skip
     mixer.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
     mixer.set_defaults(run=bench_mixer)
 

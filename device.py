@@ -1,11 +1,17 @@
 """Which device, which number format, and why: every script prints what is decided here before it starts.
 
+Scripts import this file first: it says how torch's CPU threads wait, and that must be said before torch is loaded.
 This file must not know models.
 """
 
+# ruff: noqa: E402
 import os
 import platform
 import resource
+
+# Threads that wait then sleep soon. By default they spin, and when anything else runs on a small machine, two spinning
+# threads are many times slower than one.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 

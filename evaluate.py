@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from random import Random
 
+from device import choose_device  # isort: skip  (before torch)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ import corpus
 import data
 import tasks
 from checkpoint import load_pretrained
-from device import choose_device
 from generate import chat_prompt, generate
 
 

@@ -29,11 +29,11 @@ from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
+from device import choose_device  # isort: skip  (before torch)
 import torch
 
 from budget import GRACE, ThinkState, opens_thought
 from checkpoint import load_pretrained
-from device import choose_device
 from model import memory_bytes
 from template import check_messages, clean
 

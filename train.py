@@ -12,16 +12,10 @@ Source: report section 2.2-2.4 (warmup-stable-decay, AdamW 0.9/0.95, weight deca
 step counts are ours: what a model of this size needs.
 """
 
-# ruff: noqa: E402
-import os
-
-# Before torch is loaded: its CPU threads then sleep soon after they wait. They would otherwise spin, and when anything
-# else runs on a small machine two threads are twenty times slower than one.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import argparse
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -30,6 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from device import choose_device, choose_dtype, memory_gib, peak_flops, room_gib  # isort: skip  (before torch)
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -41,7 +36,6 @@ import data
 import evaluate
 import resume
 import tasks
-from device import choose_device, choose_dtype, memory_gib, peak_flops, room_gib
 from generate import answer
 from model import PRESETS, build, count_parameters, describe, flops_per_token
 
