@@ -70,8 +70,8 @@ class TrainConfig:
 
 
 RUNS = {  # what suits a preset; any other preset starts from the last
-    "nano-1m": dict(steps=1500, batch_rows=8, length=256, lr=2e-3, decay=0.4, vocab=512, text_share=0.1,
-                    data_rows=12_000, log_every=25, sample_every=150, save_every=100, eval_count=20),
+    "nano-1m": dict(steps=1700, batch_rows=8, length=256, lr=2e-3, decay=0.4, vocab=512, text_share=0.05,
+                    data_rows=13_600, log_every=25, sample_every=170, save_every=100, eval_count=20),
     "nano-12m": dict(steps=2500, batch_rows=128, length=512, lr=1.5e-3, decay=0.3, vocab=4096, text_share=0.1,
                      data_rows=160_000, log_every=50, sample_every=500, save_every=500, eval_count=64),
 }  # fmt: skip
