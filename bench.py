@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 
+import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 
 from mamba2 import Mamba2Mixer
