@@ -1,5 +1,6 @@
 """Disks that fill, processes that die: what the tests of saving share."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,22 @@ def sentence(call, *words):
     for word in words:
         assert word in text, f"{word!r} is not in: {text}"
     return text
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file of this process may grow beyond `size` bytes, as if the disk were full.
+
+    A block, not a fixture: pytest's own output may go to a file that is longer already, and it prints before fixtures
+    are torn down.
+    """
+    resource = pytest.importorskip("resource", reason="file size limits are a Unix thing")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def halve(path):

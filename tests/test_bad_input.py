@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk import largest_file
 from reference import ours
 from safetensors.torch import load_file, save_file
 from scripted import ours_vocabulary
@@ -343,40 +344,35 @@ RUN = (
 
 
 @pytest.fixture
-def limit():
-    """limit(bytes): no file of this process may grow beyond that, as if the disk were full."""
-    resource = pytest.importorskip("resource", reason="file size limits are a Unix thing")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+def signals():
+    """A run that ends in the middle leaves its signal handlers behind."""
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    yield
     for name, handler in handlers.items():
         signal.signal(name, handler)
 
 
-def test_disk_full_while_saving(here, limit, capsys, monkeypatch):
+def test_disk_full_while_saving(here, signals, capsys, monkeypatch):
     """The old checkpoint stays, nothing half-written is left, and with room again the run goes on from it."""
     real = train.train_step
     calls = []
     monkeypatch.setattr(train, "train_step", lambda *a: calls.append(1) or real(*a))
-    limit(1_000_000)
-    assert train.main(RUN) == 2
+    with largest_file(1_000_000):
+        assert train.main(RUN) == 2
     assert "free some space" in capsys.readouterr().err and len(calls) == 1
     assert sorted(os.listdir("run")) == ["data", "log.jsonl"]  # both whole: a run that has not been saved yet
-    limit(None)
     monkeypatch.setattr(train, "train_step", lambda *a: real(*a) if len(calls.append(1) or calls) < 4 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(RUN)
     before = contents(here / "run")
     assert resume.peek_training("run/training.safetensors")["step"] == 2
     monkeypatch.setattr(train, "train_step", real)
-    limit(1_000_000)
-    assert train.main(RUN) == 2
+    with largest_file(1_000_000):
+        assert train.main(RUN) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith("train.py: cannot write run/training.safetensors (File too large)")
     after = contents(here / "run")
     assert after.keys() == before.keys() and all(after[p] == before[p] for p in before if p.name != "log.jsonl")
-    limit(None)
     assert train.main(RUN) == 0
     assert "resume    at step 2 of 6" in capsys.readouterr().out
     shutil.move("run", "first")
@@ -385,9 +381,9 @@ def test_disk_full_while_saving(here, limit, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [3000, 30_000, 100_000])  # in the tokenizer, in the text, in the rows
-def test_disk_full_while_data_are_made(here, limit, capsys, size):
-    limit(size)
-    refused("train", RUN, "cannot write", capsys, here)
+def test_disk_full_while_data_are_made(here, signals, capsys, size):
+    with largest_file(size):
+        refused("train", RUN, "cannot write", capsys, here)
     assert not Path("run").exists()
 
 
@@ -404,7 +400,7 @@ def test_no_space_left_while_data_are_made(here, capsys, monkeypatch, where, nam
     assert not Path("run").exists()
 
 
-def test_no_space_left_for_the_log(here, limit, capsys, monkeypatch):
+def test_no_space_left_for_the_log(here, signals, capsys, monkeypatch):
     monkeypatch.setattr(train.Run, "record", full)
     assert train.main(RUN) == 2
     told = capsys.readouterr().err.splitlines()

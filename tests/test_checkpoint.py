@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk import Calls, Killed, halve, kill_points, same, sentence
+from disk import Calls, Killed, halve, kill_points, largest_file, same, sentence
 from reference import THREE_GROUPS, neutralise_dt_floor, ours, reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -407,17 +407,12 @@ def test_read_only_folder(tmp_path):
 
 def test_disk_full(tmp_path):
     """A real limit in the middle of a file: what was there stays whole, and nothing half-written is left."""
-    resource = pytest.importorskip("resource", reason="file size limits are a Unix thing")
     old, new = ours(seed=0), ours(seed=1)
     save_pretrained(tmp_path / "m", old)
     before = sorted(p for p in tmp_path.rglob("*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
+    with largest_file(200_000):
         sentence(lambda: save_pretrained(tmp_path / "m", new), "free some space")
         sentence(lambda: save_pretrained(tmp_path / "other", new), "free some space")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p for p in tmp_path.rglob("*")) == before
     assert same(load_pretrained(tmp_path / "m")[0], old)
 

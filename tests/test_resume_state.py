@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from disk import Calls, Killed, halve, kill_points, same, sentence
+from disk import Calls, Killed, halve, kill_points, largest_file, same, sentence
 from reference import ours
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -272,15 +272,10 @@ def test_read_only_folder(tmp_path):
 
 def test_disk_full(tmp_path):
     """A real limit in the middle of a file: what was there stays whole, and nothing half-written is left."""
-    resource = pytest.importorskip("resource", reason="file size limits are a Unix thing")
     save_training(tmp_path / "t", ours(), None, {"step": 3})
     before = os.listdir(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
+    with largest_file(200_000):
         sentence(lambda: save_training(tmp_path / "t", ours(seed=1), None, {"step": 4}), "free some space")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == before
     assert load_training(tmp_path / "t", restored := ours(seed=2)) == {"step": 3} and same(restored, ours())
 
