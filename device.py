@@ -5,6 +5,7 @@ This file must not know models.
 """
 
 # ruff: noqa: E402
+import importlib.util
 import os
 import platform
 import resource
@@ -55,6 +56,28 @@ def choose_dtype(wish, device):
     if "amx_bf16" in _cpu_flags():
         return torch.bfloat16, "this CPU has AMX: bfloat16 matrix products are faster"
     return torch.float32, "this CPU has no bfloat16 matrix unit (AMX)"
+
+
+def choose_impl(wish, device):
+    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections."""
+    if wish not in ("auto", "torch", "triton"):
+        raise ValueError(f"--impl {wish!r} is not one of auto, torch, triton")
+    if wish == "torch":
+        return "torch", "asked for"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None:
+        missing = "the package triton is not installed"
+    elif device.type != "cuda" and not interpreted:
+        missing = "Triton needs a GPU (or TRITON_INTERPRET=1, to step through the kernels on a CPU)"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        missing = "Triton's kernels are made for compute capability 8.0 or newer"
+    elif wish == "triton":
+        return "triton", "asked for"
+    else:
+        return "torch", "the Triton kernels have not been measured on a GPU yet: --impl triton takes them"
+    if wish == "triton":
+        raise ValueError(f"--impl triton cannot be had: {missing}; use --impl torch")
+    return "torch", missing
 
 
 def _cpu_flags():

@@ -29,7 +29,7 @@ from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
-from device import choose_device  # isort: skip  (before torch)
+from device import choose_device, choose_impl  # isort: skip  (before torch)
 import torch
 
 from budget import GRACE, ThinkState, opens_thought
@@ -304,6 +304,10 @@ def _parser():
     flag("--checkpoint", default="out", metavar="DIR", help="folder of the model and its tokenizer (default: out)")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     flag(
+        "--impl", default="auto", choices=["auto", "torch", "triton"],
+        help="who computes the Mamba-2 layers: PyTorch, or the Triton kernels (a GPU); auto chooses and says why",
+    )  # fmt: skip
+    flag(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="auto: the dtype that the checkpoint was saved in; when memory runs out, bfloat16",
     )  # fmt: skip
@@ -414,12 +418,14 @@ def _read_questions(path):
 def _load(args):
     """Device, dtype, model and tokenizer, with the reasons on stderr."""
     device, why_device = choose_device(args.device)
+    impl, why_impl = choose_impl(args.impl, device)
     dtype, why_dtype = getattr(torch, args.dtype, None), "as asked" if args.dtype != "auto" else "as saved"
     if dtype is None and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         dtype, why_dtype = torch.float32, "this GPU has no bfloat16"
     if not Path(args.checkpoint).exists():
         raise ValueError(f"{args.checkpoint} does not exist: train one with `python train.py`, or give --checkpoint")
     model, tokenizer = load_pretrained(args.checkpoint, device, dtype)
+    model.use(impl)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer: copy its tokenizer.json there")
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
@@ -427,7 +433,8 @@ def _load(args):
     how = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
     print(
         f"{args.checkpoint}: {parameters:,} parameters, {model.config.hybrid_override_pattern}\n"
-        f"device {device} ({why_device}), {dtype} ({why_dtype}), {how}, at most {_room(args)} new tokens",
+        f"device {device} ({why_device}), {dtype} ({why_dtype}), impl {impl} ({why_impl}), "
+        f"{how}, at most {_room(args)} new tokens",
         file=sys.stderr,
     )
     return model, tokenizer

@@ -320,6 +320,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(num_heads))
         self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = GatedGroupRMSNorm(self.inner, n_groups, eps)
+        self.impl = "torch"  # or "triton": kernels/mixer.py in the place of everything between the two projections
         self.out_proj = nn.Linear(self.inner, hidden_size, bias=use_bias)
 
     def new_state(self, batch_size, device, dtype):
@@ -333,6 +334,10 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, u, state=None, seq_idx=None):
         """u (b, l, d) -> (b, l, d). A `state` is read and updated in place; `seq_idx` (b, l) marks packed documents."""
+        if self.impl == "triton":
+            from kernels import mixer
+
+            return mixer.forward(self, u, state, seq_idx)
         b, l, _ = u.shape
         # in_proj makes everything at once, in this order: z (i) | x (i) | B (g*n) | C (g*n) | dt (h)
         z, xBC, dt = self.in_proj(u).split([self.inner, self.conv_channels, self.h], dim=-1)

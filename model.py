@@ -305,6 +305,13 @@ class NemotronH(nn.Module):
             cache.length += l
         return self.backbone.norm_f(x)
 
+    def use(self, impl):
+        """Let all Mamba-2 layers compute with "torch" or "triton" (device.choose_impl says which can be had)."""
+        for block in self.backbone.layers:
+            if block.letter == "M":
+                block.mixer.impl = impl
+        return self
+
     def new_cache(self, batch_size, max_length):
         """An empty Cache for `batch_size` rows of at most `max_length` positions, on the model's device and dtype."""
         return Cache(self, batch_size, max_length)

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from device import choose_device, choose_dtype, memory_gib, peak_flops, room_gib  # isort: skip  (before torch)
+from device import choose_device, choose_dtype, choose_impl, memory_gib, peak_flops, room_gib  # isort: skip
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -48,6 +48,7 @@ class TrainConfig:
     out: str = "out"  # the folder for log, plot, checkpoint and data; a run found there is resumed
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32, bfloat16 or float16: what the matrix products run in; weights stay float32
+    impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
     compile: str = "auto"  # auto, on or off: torch.compile; auto means on a GPU
     steps: int | None = None  # optimizer steps
     batch_rows: int | None = None  # rows in an optimizer step, all processes together; the first to lower for speed
@@ -197,6 +198,7 @@ NOT_THE_RUN = {
     "out",
     "device",
     "dtype",
+    "impl",
     "compile",
     "log_every",
     "sample_every",
@@ -214,6 +216,7 @@ class Run:
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device, device_reason = choose_device(config.device)
         dtype, dtype_reason = choose_dtype(config.dtype, self.device)
+        impl, impl_reason = choose_impl(config.impl, self.device)
         self.config = config = fill_in(config, self.device)
         if config.batch_rows % (self.world * config.accumulate):
             raise ValueError(
@@ -249,6 +252,7 @@ class Run:
             f"step      {config.batch_rows} rows of {config.length} = {self.tokens:,} tokens, in {config.accumulate} "
             f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
         )
+        self.say(f"impl      {impl} ({impl_reason})")
         self.say(f"compile   {'on (the first step takes half a minute)' if compiled else 'off: plain PyTorch'}")
 
         # Data: rank 0 prepares, the others wait and then find it there
@@ -260,7 +264,7 @@ class Run:
         self.loader = data.Loader(folder, config.batch_rows, self.rank, self.world, config.seed)
 
         torch.manual_seed(config.seed)
-        self.model = build(self.model_config, self.device)
+        self.model = build(self.model_config, self.device).use(impl)
         self.objective = Objective(self.model, evaluate.token_bytes(self.tokenizer).to(self.device))
         if compiled:  # layer by layer: equal layers share one compiled graph, half a minute instead of several
             torch.set_float32_matmul_precision("high")

@@ -1,5 +1,9 @@
-"""One thread per test process: two threads collapse when anything else runs on a small machine."""
+"""One thread per test process: two threads collapse when anything else runs on a small machine.
 
+Without a GPU Triton's kernels run in its interpreter, and that is decided when they are defined: before any import.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -87,6 +87,7 @@ def refused(script, flags, says, capsys, folder):
 
 # (flags, what the sentence says). All of them are told before a folder is made.
 TRAIN = [
+    ("--impl magic", "is not one of auto, torch, triton"),
     ("--preset nano-1g", "choose one of nano-1m"),
     ("--preset nano-12b", "GiB for weights"),
     ("--device cuda", "no CUDA device"),
