@@ -315,7 +315,8 @@ HEADS = 8  # heads side by side in _decays and _finish: 8 neighbours fill a 32-b
 
 class Tiles(NamedTuple):
     """How one shape is cut: chunk Q; padded head P and state N; columns of the state that one walk carries (WALK);
-    tokens a program takes in _mix (MIX) and in _pairs and _gather (ROWS); warps; depths of the software pipelines."""
+    tokens a program takes in _mix (MIX) and in _pairs and _gather (ROWS); warps; depth of the software pipelines; the
+    most registers a thread of _walk and _gather may take, or None."""
 
     Q: int
     P: int
@@ -324,23 +325,24 @@ class Tiles(NamedTuple):
     MIX: int
     ROWS: int
     warps: int = 8
-    walk_stages: int = 2
-    stages: int = 2
+    stages: int = 1
+    registers: int | None = None
 
 
 def tiles(p, n, dtype):
     """Tile sizes by shape; nothing is tried out at run time, so the first step compiles each kernel once.
 
     Chunks of 128 tokens halve the traffic of states against 64. What does not fit into the registers and the 227 KB of
-    shared memory of a multiprocessor (float32; a state of more than 128) takes smaller chunks.
+    shared memory of a multiprocessor (float32; a state of more than 128) takes smaller chunks. With 128 registers two
+    programs share a multiprocessor, and one computes while the other waits for memory.
     """
     P, N = max(16, triton.next_power_of_2(p)), max(16, triton.next_power_of_2(n))
     if dtype.itemsize == 4:
         Q = 32 if P * N <= 64 * 64 else 16
-        return Tiles(Q, P, N, min(N, 32), Q, Q, walk_stages=1, stages=1)
+        return Tiles(Q, P, N, min(N, 32), Q, Q)
     if N > 128:
-        return Tiles(64, P, N, 64, 64, 64, stages=1)
-    return Tiles(128, P, N, min(N, 64), 128, 64)
+        return Tiles(64, P, N, 64, 64, 64)
+    return Tiles(128, P, N, min(N, 64), 128, 64, stages=3 if P <= 64 else 2, registers=128)
 
 
 def ssd(
@@ -433,7 +435,7 @@ def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
     states, final = x.new_empty(b, chunks, h, p, n), x.new_empty(b, h, p, n, dtype=torch.float32)
     _walk[h, b, tile.N // tile.WALK](
         x, B, write, fade, initial, states, final, None, None, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
-        **shape, N=tile.WALK, REVERSE=False, START=initial is not None, num_stages=tile.walk_stages,
+        **shape, N=tile.WALK, REVERSE=False, START=initial is not None, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     y = x.new_empty(x.shape)
     _mix[chunks * tile.Q // tile.MIX, g, b](
@@ -458,7 +460,7 @@ def scan_backward(saved, limit, dy, dfinal, dx, ddt, dB, dC):
     dstates, dinitial, cross = torch.empty_like(states), small(b, h, p, n), small(parts, b, h, chunks)
     _walk[h, b, parts](
         dy, C, since, fade, dfinal, dstates, dinitial, states, cross, l, h, chunks, *dy.stride()[:2], *C.stride()[:2],
-        **shape, N=tile.WALK, REVERSE=True, START=dfinal is not None, num_stages=tile.walk_stages,
+        **shape, N=tile.WALK, REVERSE=True, START=dfinal is not None, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     _mix[chunks * tile.Q // tile.MIX, g, b](
         B, C, dy, dstates, write, u, acs, D, seq_idx, dx, l, h, chunks, *B.stride()[:2], *C.stride()[:2],
@@ -475,11 +477,11 @@ def scan_backward(saved, limit, dy, dfinal, dx, ddt, dB, dC):
     )  # fmt: skip
     _gather[chunks * blocks, g, b](
         dy, states, since, None, C, B, dCB, dC, outflow, l, h, chunks, *dy.stride()[:2], *C.stride()[:2],
-        *B.stride()[:2], *dC.stride()[:2], **shape, KEYS=False,
+        *B.stride()[:2], *dC.stride()[:2], **shape, KEYS=False, maxnreg=tile.registers,
     )  # fmt: skip
     _gather[chunks * blocks, g, b](
         x, dstates, until, step, B, C, dCB, dB, inflow, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
-        *C.stride()[:2], *dB.stride()[:2], **shape, KEYS=True,
+        *C.stride()[:2], *dB.stride()[:2], **shape, KEYS=True, maxnreg=tile.registers,
     )  # fmt: skip
     sums = small(2, b, chunks, h)
     _finish[chunks, triton.cdiv(h, HEADS), b](

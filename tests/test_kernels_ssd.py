@@ -71,7 +71,7 @@ def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("
 def small_tiles(monkeypatch):
     """Chunks of 16, so that a short row has many."""
     power = fast.triton.next_power_of_2
-    cut = lambda p, n, dtype: fast.Tiles(16, max(16, power(p)), max(16, power(n)), 16, 16, 16, 8, 1, 1)
+    cut = lambda p, n, dtype: fast.Tiles(16, max(16, power(p)), max(16, power(n)), 16, 16, 16)
     monkeypatch.setattr(fast, "tiles", cut)
 
 
