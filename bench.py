@@ -1,14 +1,17 @@
 """Measured speed, beside somebody else's code for the same thing.
 
-A number alone says little, so every benchmark here runs two contestants in one process on the same weights and inputs,
+A number alone says little, so every benchmark here runs its contestants in one process on the same weights and inputs,
 checks first that they compute the same thing, takes turns between them (so that whatever else the machine is doing
-hits both), and prints medians and the ratio. It prints what it ran on, because a figure without that is not a figure.
+hits all), and prints medians and the ratio. It prints what it ran on, because a figure without that is not a figure.
 
     python bench.py mixer               one Mamba-2 layer, forward and backward, on the CPU, against transformers
+    python bench.py kernels             the Triton kernels on a GPU, against mamba_ssm, PyTorch and the floor
+    python bench.py training            training steps of a 549 M model on a GPU: tokens/s, MFU, memory, a profile
 
-This file must not be imported by anything: it is a command. The other side of `mixer`, transformers' PyTorch path of
-NemotronH, is a test extra and not needed for anything else. It is what most people run on a machine without a GPU; on
-a GPU its mixer calls the mamba_ssm kernels instead, and that would be a different comparison.
+The second and third are written in benchmarks/. This file must not be imported by anything:
+it is a command. The other side of `mixer`, transformers' PyTorch path of NemotronH, is a test extra and not needed for
+anything else. It is what most people run on a machine without a GPU; on a GPU its mixer calls the mamba_ssm kernels
+instead, and that would be a different comparison.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import time
 import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 
+from benchmarks import measure, training
 from mamba2 import Mamba2Mixer
 
 MIXER_BAR = 2.0  # what this project set out to reach
@@ -147,6 +151,28 @@ def bench_mixer(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# kernels and training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bench_kernels(args):
+    only = [name for name in measure.SECTIONS if name in args.only] if args.only else measure.SECTIONS
+    return measure.run(only, args.write, args.quick, args.out, args.source, args.commit)
+
+
+def bench_training(args):
+    training.run(args.impl, args.compile, args.rows, args.length, args.steps, args.profile, args.packed, args.tiny)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """A bad flag is one sentence, as any other bad input is."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def positive(text):
@@ -156,7 +182,7 @@ def positive(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measured speed beside other people's code, on this machine.")
+    parser = Parser(description="Measured speed beside other people's code, on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     mixer = commands.add_parser(
@@ -170,11 +196,43 @@ def main(argv=None):
     mixer.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
     mixer.set_defaults(run=bench_mixer)
 
-    args = parser.parse_args(argv)
+    kernels = commands.add_parser(
+        "kernels", help="the Triton kernels on a GPU, against mamba_ssm, PyTorch and the floor",
+        description="Scan, convolution, norms and decoding: time, floor, errors, compile cost; minutes on a GPU.",
+    )  # fmt: skip
+    names = ", ".join(measure.SECTIONS)
+    kernels.add_argument("--only", nargs="+", choices=measure.SECTIONS, metavar="SECTION",
+                         help=f"only these of {names} (ceilings are always measured)")  # fmt: skip
+    kernels.add_argument("--quick", action="store_true", help="fewer repeats, and fewer chunk sizes of mamba_ssm")
+    kernels.add_argument("--write", action="store_true", help="put the tables into RESULTS.md, between its two markers")
+    kernels.add_argument("--out", default="out/bench_kernels.json", help="where the record goes (%(default)s)")
+    kernels.add_argument("--source", metavar="FILE", help="measure nothing: make the tables from this earlier record")
+    kernels.add_argument("--commit", help="what to call the code's state where there is no git checkout")
+    kernels.set_defaults(run=bench_kernels)
+
+    steps = commands.add_parser(
+        "training", help="training steps of a 549 M model on a GPU",
+        description="tokens/s, MFU, memory, seconds to the first step. Lower --rows if memory runs out.",
+    )  # fmt: skip
+    steps.add_argument("--impl", choices=("auto", "torch", "triton"), default="auto",
+                          help="who computes the Mamba-2 layers (auto)")  # fmt: skip
+    steps.add_argument("--compile", action="store_true", help="torch.compile the blocks, as train.py can")
+    steps.add_argument("--rows", type=positive, default=8, help="rows in a step (8)")
+    steps.add_argument("--length", type=positive, default=2048, help="tokens in a row (2048)")
+    steps.add_argument("--steps", type=positive, default=20, help="timed steps (20)")
+    steps.add_argument("--profile", action="store_true", help="then a table of GPU time by kind of kernel")
+    steps.add_argument("--packed", action="store_true", help="rows of several documents, as train.py's are")
+    steps.add_argument("--tiny", action="store_true", help="a toy model instead, to try the command anywhere")
+    steps.set_defaults(run=bench_training)
+
     try:
+        args = parser.parse_args(argv)
         return args.run(args)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"bench.py: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("bench.py: out of memory: lower --rows or --length", file=sys.stderr)
         return 2
 
 

@@ -187,12 +187,8 @@ def _pairs(
     Rows and columns are sums of the same numbers, so that what should cancel between them does.
     """
     blocks: tl.constexpr = Q // ROWS
-    c, block, group, b = (
-        tl.program_id(0) // blocks,
-        tl.program_id(0) % blocks,
-        tl.program_id(1),
-        tl.program_id(2).to(tl.int64),
-    )
+    c, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     inner, q = block * ROWS + tl.arange(0, ROWS), tl.arange(0, Q)
     ps, ns = tl.arange(0, P), tl.arange(0, N)
     start, left = (c * Q).to(tl.int64), l - c * Q
@@ -206,7 +202,7 @@ def _pairs(
     total = tl.zeros((ROWS, Q), tl.float32)
     dy += b * dy_b + start * dy_l
     x += b * x_b + start * x_l
-    columns += block * (tl.num_programs(2) * h * (chunks * Q))
+    columns += block.to(tl.int64) * (tl.num_programs(2) * h) * (chunks * Q)
     for head in tl.range(group * R, group * R + R, num_stages=STAGES):
         row = (b * h + head) * (chunks * Q) + c * Q
         Y, X = _tile(dy + head * p, inner, dy_l, ps, left, p), _tile(x + head * p, q, x_l, ps, left, p)
@@ -236,12 +232,8 @@ def _gather(
     until_j (x_j dS) . B_j, what token j adds through the outgoing state for each unit of its step.
     """
     blocks: tl.constexpr = Q // ROWS
-    c, block, group, b = (
-        tl.program_id(0) // blocks,
-        tl.program_id(0) % blocks,
-        tl.program_id(1),
-        tl.program_id(2).to(tl.int64),
-    )
+    c, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     inner, q = block * ROWS + tl.arange(0, ROWS), tl.arange(0, Q)
     ps, ns = tl.arange(0, P), tl.arange(0, N)
     start, left = (c * Q).to(tl.int64), l - c * Q

@@ -1,0 +1,1 @@
+"""What `python bench.py` measures on a GPU."""
