@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from device import choose_device  # isort: skip  (before torch)
+from device import choose_device, choose_impl  # isort: skip  (before torch)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,7 @@ def main(argv=None):
     parser.error = refuse
     parser.add_argument("--checkpoint", default="out", help="a checkpoint folder, by default what train.py left in out")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--impl", default="auto", help="auto, torch or triton: who computes the Mamba-2 layers")
     parser.add_argument("--count", type=int, default=64, help="questions for each family and level; lower it for speed")
     parser.add_argument("--families", nargs="*", help="only these; by default all")
     parser.add_argument("--seed", type=int, default=0, help="which held-out questions are drawn")
@@ -123,7 +124,9 @@ def main(argv=None):
         if args.count < 1 or args.batch < 1:
             raise ValueError(f"--count and --batch must be at least 1; got {args.count} and {args.batch}")
         device, _ = choose_device(args.device)
+        impl, _ = choose_impl(args.impl, device)
         model, tokenizer = load_pretrained(args.checkpoint, device)
+        model.use(impl)
         if tokenizer is None:
             raise ValueError(f"{args.checkpoint} has no tokenizer.json, so no question can be put to the model")
         start = time.time()

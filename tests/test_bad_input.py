@@ -182,6 +182,7 @@ GENERATE = [
     (["bad \udcff byte"], "UTF-8"),
 ]
 EVALUATE = [
+    ("--impl fast", "is not one of auto, torch, triton"),
     ("--count 0", "at least 1"),
     ("--count -3", "at least 1"),
     ("--count many", "--count"),

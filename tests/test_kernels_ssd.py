@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba2 import ssd_recurrent
+from mamba2 import ssd_chunked, ssd_recurrent
 
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install -r requirements-test.txt")
 from kernels import ssd as fast  # noqa: E402
@@ -49,7 +49,7 @@ def gradients(form, given, seq_idx, limit, which=("y", "S"), seed=1):
     given = [None if t is None else t.detach().requires_grad_() for t in given]
     y, S = form(given, seq_idx, limit)
     r = torch.Generator().manual_seed(seed)
-    dy, dS = (torch.randn(t.shape, generator=r).to(t) for t in (y, S))
+    dy, dS = (torch.randn(t.shape, generator=r).bfloat16().to(t) for t in (y, S))  # the same in every dtype
     loss = sum((t * d).sum() for t, d, name in ((y, dy, "y"), (S, dS, "S")) if name in which)
     loss.backward()
     return [y.detach(), S.detach()] + [None if t is None else t.grad for t in given]
@@ -169,6 +169,78 @@ def test_fuzz(small_tiles):
 @pytest.mark.slow
 def test_fuzz_at_length(small_tiles):
     fuzz(range(1000, 1300))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: 16-bit numbers, real sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+REAL = [(1, 4096, 32, 80, 8, 128), (2, 2048, 16, 64, 1, 64), (1, 3000, 8, 128, 2, 256), (3, 1111, 6, 24, 3, 100)]
+
+
+def on_gpu(shape, dtype, packed):
+    """Inputs as a trained layer has them: steps of 0.001 to 0.1, A of 1 to 16. What the kernel takes is in `dtype`."""
+    b, l, h, p, g, n = shape
+    given, seq_idx = inputs(b, l, h, p, g, n, packed, dtype=dtype)
+    r = torch.Generator().manual_seed(2)
+    step = torch.empty(h).uniform_(math.log(1e-3), math.log(1e-1), generator=r).exp()
+    given[1] = (given[1] + 2) / 2
+    given[2] = -torch.empty(h).uniform_(1, 16, generator=r)
+    given[6] = step + torch.log(-torch.expm1(-step))
+    given = [t.cuda() for t in given]
+    return given, None if seq_idx is None else seq_idx.cuda()
+
+
+def in_16_bits(given, dtype):
+    return [t.to(dtype) if i in (0, 1, 3, 4) else t for i, t in enumerate(given)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL, ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_real_sizes(shape, dtype, tolerance, packed):
+    """Against the chunked form in float64, which the recurrence vouches for."""
+
+    def chunked(given, seq_idx, limit):
+        x, dt, A, B, C, D, bias, initial = given
+        return ssd_chunked(x, F.softplus(dt + bias).clamp(*limit), A, B, C, D, initial, seq_idx, 64)
+
+    given, seq_idx = on_gpu(shape, dtype, packed)
+    limit = (0.0, math.inf)
+    want = gradients(chunked, [t.double() for t in given], seq_idx, limit)
+    got = gradients(triton, in_16_bits(given, dtype), seq_idx, limit)
+    for name, a, b in zip(["y", "final state"] + NAMES, got, want):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < (5 * tolerance if name in ("A", "dt_bias") else tolerance), f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_to_the_bit():
+    given, seq_idx = on_gpu(REAL[0], torch.bfloat16, True)
+    given = in_16_bits(given, torch.bfloat16)
+    first, second = (gradients(triton, given, seq_idx, (0.0, math.inf)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    """131,072 tokens inside rows of 22,656: the end of the row is the same as when it stands alone after its state."""
+    l, h, p, g, n = 131072, 128, 80, 8, 128
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    torch.manual_seed(0)
+    wide = torch.randn(1, l, 22656, device="cuda", dtype=torch.bfloat16)
+    _, x, B, C, dt = wide.split([h * p, h * p, g * n, g * n, h], dim=-1)
+    x, B, C = x.unflatten(-1, (h, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+    A, D, bias = -torch.rand(h, device="cuda") - 0.5, torch.randn(h, device="cuda"), torch.randn(h, device="cuda") - 4
+    scan = lambda s, S: fast.ssd(x[:, s], dt[:, s], A, B[:, s], C[:, s], D, S, None, None, bias)
+    with torch.no_grad():
+        y, final = scan(slice(None), None)
+        _, state = scan(slice(0, l - 1024), None)
+        end, end_state = scan(slice(l - 1024, l), state)
+    assert torch.allclose(y[:, -1024:].float(), end.float(), atol=0.1, rtol=0.02)
+    assert torch.allclose(final, end_state, atol=1e-2, rtol=1e-3)
 
 
 def bad(**changes):
