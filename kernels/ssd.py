@@ -21,44 +21,41 @@ BIG = tl.constexpr(
 @triton.jit(do_not_specialize=["l", "chunks"])
 def _decays(
     dt, bias, A, seq, step, acs, u, since, until, write, fade, l, h, chunks, dt_b, dt_l, low, high,
-    Q: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
+    Q: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dt (b, l, h) -> step, acs, u, since, until, write (b, h, chunks * Q) and fade (b, h, chunks), all float32.
 
     With a_t = step_t * A: acs is log2 of the decay from the chunk's start up to and with t, u = acs - log2(step),
-    since = 2^acs (what of the incoming state t still sees), until = 2^(acs_last - acs) (what of t reaches the chunk's
-    end), write = step * until, fade = 2^acs_last (what of the incoming state survives). Zeros where another
-    document is concerned.
+    since = 2^acs (what of the incoming state t still sees), until = 2^(a after t) (what of t reaches the chunk's end),
+    write = step * until, fade = 2^(all a) (what of the incoming state survives). Zeros where another document is
+    concerned. One program takes one chunk of one head.
     """
-    c, head, b = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.program_id(2).to(tl.int64)
-    q = tl.arange(0, Q)
-    t = c * Q + q
-    there = (t < l)[:, None] & (head < h)[None, :]
-    d = tl.load(dt + b * dt_b + t.to(tl.int64)[:, None] * dt_l + head[None, :], there, other=0.0).to(tl.float32)
+    c, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t = c * Q + tl.arange(0, Q)
+    d = tl.load(dt + b * dt_b + t.to(tl.int64) * dt_l + head, t < l, other=0.0).to(tl.float32)
     if SOFTPLUS:
-        d = _softplus(d + tl.load(bias + head, head < h, other=0.0).to(tl.float32)[None, :])
-    d = tl.where(there, tl.minimum(tl.maximum(d, low), high), 0.0)  # step 0 hides the tokens beyond the row's end
-    a = d * (tl.load(A + head, head < h, other=0.0).to(tl.float32) * LOG2E)[None, :]
-    a = tl.cumsum(a, axis=0)  # (Q, HEADS)
-    last = tl.sum(tl.where((q == Q - 1)[:, None], a, 0.0), axis=0)  # (HEADS,)
-    seen, reaches, survives = tl.exp2(a), tl.exp2(last[None, :] - a), tl.exp2(last)
+        d = _softplus(d + tl.load(bias + head).to(tl.float32))
+    d = tl.where(t < l, tl.minimum(tl.maximum(d, low), high), 0.0)  # step 0 hides the tokens beyond the row's end
+    a = d * (tl.load(A + head).to(tl.float32) * LOG2E)
+    so_far, rest = tl.cumsum(a, axis=0), tl.cumsum(a, axis=0, reverse=True) - a  # up to and with t; after t
+    seen, reaches, survives = tl.exp2(so_far), tl.exp2(rest), tl.exp2(tl.sum(a, axis=0))
     if PACKED:
-        ids = tl.load(seq + b * l + tl.minimum(t, l - 1))
-        first = tl.load(seq + b * l + tl.maximum(c * Q - 1, 0))  # the document of the incoming state
-        end = tl.load(seq + b * l + tl.minimum(c * Q + Q, l) - 1)
-        seen = tl.where((ids == first)[:, None], seen, 0.0)
-        reaches = tl.where((ids == end)[:, None], reaches, 0.0)
+        seq += b * l
+        ids = tl.load(seq + tl.minimum(t, l - 1))
+        first = tl.load(seq + tl.maximum(c * Q - 1, 0))  # the document of the incoming state
+        end = tl.load(seq + tl.minimum(c * Q + Q, l) - 1)
+        seen = tl.where(ids == first, seen, 0.0)
+        reaches = tl.where(ids == end, reaches, 0.0)
         survives = tl.where(first == end, survives, 0.0)
     row = b * h + head
-    at = row[None, :] * (chunks * Q) + t[:, None]
-    mine = (head < h)[None, :]
-    tl.store(step + at, d, mine)
-    tl.store(acs + at, a, mine)
-    tl.store(u + at, a - tl.log2(d), mine)
-    tl.store(since + at, seen, mine)
-    tl.store(until + at, reaches, mine)
-    tl.store(write + at, d * reaches, mine)
-    tl.store(fade + row * chunks + c, survives, head < h)
+    at = row * (chunks * Q) + t
+    tl.store(step + at, d)
+    tl.store(acs + at, so_far)
+    tl.store(u + at, so_far - tl.log2(d))
+    tl.store(since + at, seen)
+    tl.store(until + at, reaches)
+    tl.store(write + at, d * reaches)
+    tl.store(fade + row * chunks + c, survives)
 
 
 @triton.jit
@@ -261,48 +258,41 @@ def _gather(
 @triton.jit(do_not_specialize=["l", "chunks"])
 def _finish(
     dt, bias, A, step, rows, columns, outflow, inflow, cross, ddt, dA, dbias, l, h, chunks, dt_b, dt_l, ddt_b, ddt_l,
-    low, high,
-    Q: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    low, high, Q: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """ddt (b, l, h), and one dA and dbias (b, chunks, h) for each chunk, from the sums the other kernels left.
 
     A log-decay a_t meets every pair (written at j < t, read at i >= t), so its gradient is the sum of those pairs'
-    parts of the loss: both inside the chunk; from before; to after; across.
+    parts of the loss: both inside the chunk; from before; to after; across. One program takes one chunk of one head.
     """
-    c, head, b = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.program_id(2).to(tl.int64)
+    c, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = c * Q + tl.arange(0, Q)
-    row = b * h + head
-    at = row[None, :] * (chunks * Q) + t[:, None]
-    mine = (head < h)[None, :]
-    d, direct = tl.load(step + at, mine, other=0.0), tl.zeros((Q, HEADS), tl.float32)
+    row, heads = b * h + head, tl.num_programs(2).to(tl.int64) * h
+    at = row * (chunks * Q) + t
+    d, direct = tl.load(step + at), tl.zeros((Q,), tl.float32)
     for i in tl.static_range(BLOCKS):
-        direct += tl.load(columns + i * (tl.num_programs(2) * h * (chunks * Q)) + at, mine, other=0.0)
-    reads = tl.load(rows + at, mine, other=0.0) - d * direct + tl.load(outflow + at, mine, other=0.0)
-    flow = tl.load(inflow + at, mine, other=0.0)
+        direct += tl.load(columns + i * heads * (chunks * Q) + at)
+    reads = tl.load(rows + at) - d * direct + tl.load(outflow + at)
+    flow = tl.load(inflow + at)
     a = tl.cumsum(reads, axis=0, reverse=True) + tl.cumsum(d * flow, axis=0) - d * flow
     for i in tl.static_range(PARTS):
-        part = i * tl.num_programs(2) * h + row
-        a += tl.load(cross + part * chunks + c, head < h, other=0.0)[None, :]  # (Q, HEADS)
-    out = tl.program_id(0) * h + b * (chunks * h) + head
-    tl.store(dA + out, tl.sum(a * d, axis=0), head < h)
-    g = a * tl.load(A + head, head < h, other=0.0).to(tl.float32)[None, :] + direct + flow
-    there = (t < l)[:, None] & mine
-    raw = tl.load(dt + b * dt_b + t.to(tl.int64)[:, None] * dt_l + head[None, :], there, other=0.0).to(tl.float32)
+        a += tl.load(cross + (i * heads + row) * chunks + c)
+    out = (b * chunks + c) * h + head
+    tl.store(dA + out, tl.sum(a * d, axis=0))
+    g = a * tl.load(A + head).to(tl.float32) + direct + flow
+    raw = tl.load(dt + b * dt_b + t.to(tl.int64) * dt_l + head, t < l, other=0.0).to(tl.float32)
     if SOFTPLUS:
-        raw += tl.load(bias + head, head < h, other=0.0).to(tl.float32)[None, :]
+        raw += tl.load(bias + head).to(tl.float32)
         g *= tl.sigmoid(raw)
         raw = _softplus(raw)
-    g = tl.where(there & (raw >= low) & (raw <= high), g, 0.0)
-    tl.store(dbias + out, tl.sum(g, axis=0), head < h)
-    tl.store(ddt + b * ddt_b + t.to(tl.int64)[:, None] * ddt_l + head[None, :], g.to(ddt.dtype.element_ty), there)
+    g = tl.where((t < l) & (raw >= low) & (raw <= high), g, 0.0)
+    tl.store(dbias + out, tl.sum(g, axis=0))
+    tl.store(ddt + b * ddt_b + t.to(tl.int64) * ddt_l + head, g.to(ddt.dtype.element_ty), t < l)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The launches.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-HEADS = 8  # heads side by side in _decays and _finish: 8 neighbours fill a 32-byte sector of dt
 
 
 class Tiles(NamedTuple):
@@ -419,9 +409,9 @@ def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
     shape, packed = _layout(x, B, tile, seq_idx)
     vectors = x.new_empty(6, b, h, chunks * tile.Q, dtype=torch.float32)
     fade = x.new_empty(b, h, chunks, dtype=torch.float32)
-    _decays[chunks, triton.cdiv(h, HEADS), b](
+    _decays[chunks, h, b](
         dt, dt_bias, A, seq_idx, *vectors, fade, l, h, chunks, *dt.stride()[:2], *limit,
-        Q=tile.Q, HEADS=HEADS, SOFTPLUS=dt_bias is not None, **packed,
+        Q=tile.Q, SOFTPLUS=dt_bias is not None, num_warps=1, **packed,
     )  # fmt: skip
     step, acs, u, since, until, write = vectors
     states, final = x.new_empty(b, chunks, h, p, n), x.new_empty(b, h, p, n, dtype=torch.float32)
@@ -476,9 +466,9 @@ def scan_backward(saved, limit, dy, dfinal, dx, ddt, dB, dC):
         *C.stride()[:2], *dB.stride()[:2], **shape, KEYS=True, maxnreg=tile.registers,
     )  # fmt: skip
     sums = small(2, b, chunks, h)
-    _finish[chunks, triton.cdiv(h, HEADS), b](
+    _finish[chunks, h, b](
         dt, dt_bias, A, step, rows, columns, outflow, inflow, cross, ddt, *sums, l, h, chunks, *dt.stride()[:2],
-        *ddt.stride()[:2], *limit, Q=tile.Q, HEADS=HEADS, BLOCKS=blocks, PARTS=parts, SOFTPLUS=dt_bias is not None,
+        *ddt.stride()[:2], *limit, Q=tile.Q, BLOCKS=blocks, PARTS=parts, SOFTPLUS=dt_bias is not None, num_warps=1,
     )  # fmt: skip
     dA, dbias = sums.sum((1, 2))
     dbias = None if dt_bias is None else dbias.to(dt_bias.dtype)
