@@ -1,5 +1,6 @@
 """The scan of a Mamba-2 layer on a GPU: `mamba2.ssd_chunked` as eight small Triton kernels, backward included."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -311,17 +312,33 @@ class Tiles(NamedTuple):
     registers: int | None = None
 
 
-def tiles(p, n, dtype):
-    """Tile sizes by shape; nothing is tried out at run time, so the first step compiles each kernel once.
+LARGE = 232448  # bytes of shared memory a program may take on a Hopper card; older ones have 101,376 or 166,912
 
-    Chunks of 128 tokens halve the traffic of states against 64. What does not fit into the registers and the 227 KB of
-    shared memory of a multiprocessor (float32; a state of more than 128) takes smaller chunks. With 128 registers two
-    programs share a multiprocessor, and one computes while the other waits for memory.
+
+@functools.cache
+def shared_memory(device):
+    """Bytes of shared memory that one program may take there; without a GPU (the interpreter) as on Hopper."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else LARGE
+
+
+def tiles(p, n, dtype, shared=LARGE):
+    """Tile sizes by shape and card; nothing is tried out at run time, so the first step compiles each kernel once.
+
+    Chunks of 128 tokens halve the traffic of states against 64. What does not fit into the registers and the shared
+    memory of a multiprocessor (float32; a state of more than 128; an older card) takes smaller chunks. With 128
+    registers two programs share a multiprocessor, and one computes while the other waits for memory.
     """
     P, N = max(16, triton.next_power_of_2(p)), max(16, triton.next_power_of_2(n))
     if dtype.itemsize == 4:
+        if shared < 4 * P * N + 2048:
+            raise ValueError(
+                f"float32 tiles of {P} x {N} (head_dim {p}, state size {n}) need {4 * P * N + 2048:,} bytes of shared "
+                f"memory, and this GPU has {shared:,}: use bfloat16, or impl='torch'"
+            )
         Q = 32 if P * N <= 64 * 64 else 16
         return Tiles(Q, P, N, min(N, 32), Q, Q)
+    if shared < LARGE:
+        return Tiles(64, P, N, min(N, 64), 64, 64 if N <= 128 else 32, stages=2 if N <= 128 else 1)
     if N > 128:
         return Tiles(64, P, N, 64, 64, 64)
     return Tiles(128, P, N, min(N, 64), 128, 64, stages=3 if P <= 64 else 2, registers=128)
@@ -404,7 +421,7 @@ def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
     initial = None if initial is None else initial.float().contiguous()
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    tile = tiles(p, n, x.dtype)
+    tile = tiles(p, n, x.dtype, shared_memory(x.device))
     chunks = triton.cdiv(l, tile.Q)
     shape, packed = _layout(x, B, tile, seq_idx)
     vectors = x.new_empty(6, b, h, chunks * tile.Q, dtype=torch.float32)
@@ -430,7 +447,8 @@ def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
 def scan_backward(saved, limit, dy, dfinal, dx, ddt, dB, dC):
     """Fills dx, ddt, dB, dC (shaped as x, dt, B, C; any strides for b and l) and returns dA, dD, dinitial, ddt_bias."""
     x, dt, A, B, C, D, initial, seq_idx, dt_bias, (step, acs, u, since, until, write), fade, states = saved
-    (b, l, h, p), (g, n), chunks, tile = x.shape, B.shape[2:], fade.shape[-1], tiles(x.shape[3], B.shape[3], x.dtype)
+    (b, l, h, p), (g, n), chunks = x.shape, B.shape[2:], fade.shape[-1]
+    tile = tiles(p, n, x.dtype, shared_memory(x.device))
     blocks, parts = tile.Q // tile.ROWS, tile.N // tile.WALK
     shape, packed = _layout(x, B, tile, seq_idx)
     dy = _rows(dy)

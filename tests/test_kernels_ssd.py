@@ -71,7 +71,7 @@ def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("
 def small_tiles(monkeypatch):
     """Chunks of 16, so that a short row has many."""
     power = fast.triton.next_power_of_2
-    cut = lambda p, n, dtype: fast.Tiles(16, max(16, power(p)), max(16, power(n)), 16, 16, 16)
+    cut = lambda p, n, dtype, shared: fast.Tiles(16, max(16, power(p)), max(16, power(n)), 16, 16, 16)
     monkeypatch.setattr(fast, "tiles", cut)
 
 
@@ -91,12 +91,19 @@ def test_the_tiles_it_would_choose():
     compare(*inputs(1, 70, 2, 80, 1, 128))
 
 
-def test_sixteen_bit_tiles(monkeypatch):
-    """The blocking of bfloat16 (two blocks of rows a chunk), on float32 numbers."""
+@pytest.mark.parametrize("shared", [fast.LARGE, 101376])
+def test_sixteen_bit_tiles(monkeypatch, shared):
+    """The blocking of bfloat16, on large cards and small ones, with float32 numbers."""
     real = fast.tiles
-    monkeypatch.setattr(fast, "tiles", lambda p, n, dtype: real(p, n, torch.bfloat16))
+    monkeypatch.setattr(fast, "tiles", lambda p, n, dtype, _: real(p, n, torch.bfloat16, shared))
     compare(*inputs(1, 300, 2, 24, 1, 20, packed=True))
     compare(*inputs(1, 100, 2, 20, 1, 130))
+
+
+def test_a_small_card_says_what_does_not_fit():
+    with pytest.raises(ValueError, match="133,120 bytes of shared memory, and this GPU has 101,376"):
+        fast.tiles(128, 256, torch.float32, 101376)
+    assert fast.tiles(64, 64, torch.float32, 101376).Q == 32
 
 
 @pytest.mark.parametrize("initial, bias, views", [(False, True, True), (True, False, False), (False, False, True)])
