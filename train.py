@@ -28,7 +28,6 @@ from device import choose_device, choose_dtype, choose_impl, memory_gib, peak_fl
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -37,6 +36,7 @@ import evaluate
 import resume
 import tasks
 from generate import answer
+from loss import next_token_loss
 from model import PRESETS, build, count_parameters, describe, flops_per_token
 
 
@@ -154,10 +154,11 @@ class Objective(nn.Module):
         of text targets in nats, their numbers, and the bytes of the text targets."""
         x = self.model.features(ids, seq_idx=doc)[:, :-1]
         targets, kind = ids[:, 1:], kind[:, 1:]
-        logits = self.model.lm_head(x).float()  # at every position: shapes that change cost more than they save
-        nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
         task, text = kind == data.TASK, kind == data.TEXT
-        sums = (nll * task).sum(), (nll * text).sum()
+        # at every position: shapes that change cost more than they save
+        total, nll = next_token_loss(x, self.model.lm_head.weight, targets, task | text)
+        of_text = (nll * text).sum()  # a plain number: the gradient is all in `total`
+        sums = total - of_text, of_text
         return torch.stack([*sums, task.sum(), text.sum(), (self.token_bytes[targets] * text).sum()])
 
 
