@@ -22,15 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import (
-    STORED_AS,
-    CheckpointError,
-    config_to_dict,
-    fsync_folder,
-    open_safetensors,
-    write_safetensors,
-    writing,
-)
+from hf_config import config_to_dict
+from safefile import STORED_AS, CheckpointError, fsync_folder, open_safetensors, write_safetensors, writing
 
 FORMAT = "nano2-training-1"
 HOW_NOT_WHAT = ("foreach", "fused", "capturable", "differentiable")  # how the optimizer computes: the new run decides

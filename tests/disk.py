@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import CheckpointError
+from safefile import CheckpointError
 
 
 def same(a, b):

@@ -18,8 +18,8 @@ from reference import ours
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import resume
+import safefile
 from checkpoint import save_pretrained
 from resume import load_training, peek_training, save_training
 
@@ -237,7 +237,7 @@ def test_loops_that_json_would_change(tmp_path, loop, words):
 
 
 def test_header_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "HEADER_LIMIT", 30_000)
+    monkeypatch.setattr(safefile, "HEADER_LIMIT", 30_000)
     save_training(tmp_path / "t", ours(), None, {"x": "y"})
     sentence(lambda: save_training(tmp_path / "t", ours(), None, {"x": "y" * 30_000}), "30,000", "loop")
     assert os.listdir(tmp_path) == ["t"] and peek_training(tmp_path / "t") == {"x": "y"}
