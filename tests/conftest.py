@@ -23,3 +23,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def ours_tokenizer():
+    """A vocabulary as trained here, with markers that are single tokens."""
+    from scripted import ours_vocabulary
+
+    return ours_vocabulary()
+
+
+@pytest.fixture(scope="session")
+def released_like():
+    """One like the released, where `<think>` is several tokens."""
+    from scripted import released_vocabulary
+
+    return released_vocabulary()

@@ -2,7 +2,11 @@
 
 import contextlib
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +94,20 @@ def kill_points(save):
         save()
     assert calls.count >= 3
     return [(k, after) for k in range(1, calls.count + 1) for after in (False, True)]
+
+
+def killed_while_saving(folder, script, kills=2):
+    """After each of some SIGKILLs, at random moments of a process that does nothing but save, yields. The script finds
+    the folder in sys.argv[1] and prints a line when it has saved once."""
+    root, chance = Path(__file__).resolve().parent.parent, random.Random(0)
+    start = "import sys; sys.path[:0] = sys.argv[2:]\nimport torch; torch.set_num_threads(1)\n"
+    for _ in range(kills):
+        child = subprocess.Popen(
+            [sys.executable, "-c", start + script, str(folder), str(root), str(root / "tests")], stdout=subprocess.PIPE
+        )
+        assert child.stdout.readline() == b"go\n"
+        time.sleep(0.3 * chance.random())
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        yield

@@ -1,19 +1,9 @@
 """The thinking budget: the three published rules and their corner cases, in two vocabularies, on a scripted model."""
 
 import pytest
-from scripted import Scripted, id_of, ours_vocabulary, plain, released_vocabulary, words
+from scripted import Scripted, id_of, plain, words
 
 from budget import ThinkState
-
-
-@pytest.fixture(scope="module")
-def ours_tokenizer():
-    return ours_vocabulary()
-
-
-@pytest.fixture(scope="module")
-def released_like():
-    return released_vocabulary()
 
 
 def both(test):

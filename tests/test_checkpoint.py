@@ -4,18 +4,16 @@ import errno
 import json
 import math
 import os
-import random
 import re
 import shutil
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from disk import Calls, Killed, halve, kill_points, largest_file, same, sentence
+from disk import Calls, Killed, halve, kill_points, killed_while_saving, largest_file, same, sentence
 from reference import THREE_GROUPS, neutralise_dt_floor, ours, reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -477,8 +475,6 @@ def test_files_reach_the_disk_before_their_names_do(tmp_path, monkeypatch):
 def test_real_kills(tmp_path):
     """SIGKILL at random moments of a process that does nothing but save."""
     script = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "import torch; torch.set_num_threads(1)\n"
         "from reference import ours\nfrom checkpoint import *\n"
         "step = 0\n"
         "models = [ours(seed=i, hybrid_override_pattern=p) for i, p in enumerate(('M*-', 'M-M*-'))]\n"
@@ -487,17 +483,8 @@ def test_real_kills(tmp_path):
         "    save_pretrained(sys.argv[1] + '/m', models[step % 2], max_shard_bytes=10**9 if step % 2 else 60_000)\n"
         "    if step == 1: print('go', flush=True)\n"
     )
-    chance, root = random.Random(0), Path(checkpoint.__file__).parent
     models = [ours(seed=i, hybrid_override_pattern=p) for i, p in enumerate(("M*-", "M-M*-"))]
-    for _ in range(2):
-        child = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), str(root), str(root / "tests")], stdout=subprocess.PIPE
-        )
-        assert child.stdout.readline() == b"go\n"
-        time.sleep(0.3 * chance.random())
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    for _ in killed_while_saving(tmp_path, script):
         loaded = load_pretrained(tmp_path / "m")[0]
         assert any(same(loaded, model) for model in models)
 

@@ -8,24 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from reference import ours
-from scripted import Scripted, id_of, ours_vocabulary, plain, released_vocabulary, words
+from scripted import Scripted, id_of, plain, words
 
 import generate as G
 from budget import Completion, opens_thought
 from checkpoint import save_pretrained
 from generate import generate
 from model import ModelConfig, NemotronH
-
-
-@pytest.fixture(scope="module")
-def ours_tokenizer():
-    return ours_vocabulary()
-
-
-@pytest.fixture(scope="module")
-def released_like():
-    return released_vocabulary()
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop

@@ -5,15 +5,12 @@ import os
 import random
 import re
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from disk import Calls, Killed, halve, kill_points, largest_file, same, sentence
+from disk import Calls, Killed, halve, kill_points, killed_while_saving, largest_file, same, sentence
 from reference import ours
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -313,8 +310,6 @@ def test_the_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
 def test_real_kills(tmp_path):
     """SIGKILL at random moments of a process that does nothing but save."""
     script = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "import torch; torch.set_num_threads(1)\n"
         "from reference import ours\nfrom resume import *\n"
         "step = 0\n"
         "models = [ours(seed=i) for i in range(2)]\n"
@@ -323,16 +318,8 @@ def test_real_kills(tmp_path):
         "    save_training(sys.argv[1] + '/t', models[step % 2], None, {'step': step})\n"
         "    if step == 1: print('go', flush=True)\n"
     )
-    chance, root, models = random.Random(0), Path(resume.__file__).parent, [ours(seed=i) for i in range(2)]
-    for _ in range(2):
-        child = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), str(root), str(root / "tests")], stdout=subprocess.PIPE
-        )
-        assert child.stdout.readline() == b"go\n"
-        time.sleep(0.3 * chance.random())
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    models = [ours(seed=i) for i in range(2)]
+    for _ in killed_while_saving(tmp_path, script):
         step = load_training(tmp_path / "t", restored := ours(seed=5))["step"]
         assert step >= 1 and same(restored, models[step % 2])
 
