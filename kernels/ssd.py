@@ -351,8 +351,9 @@ def ssd(
     (b, l, g, n), initial_state (b, h, p, n) or None, seq_idx (b, l) or None -> y (b, l, h, p), final state float32.
 
     With dt_bias (h,), dt is what in_proj made, and softplus(dt + dt_bias), cut to time_step_limit, is done inside.
-    x, B and C are bfloat16, float16 or float32, all of one kind, and may be views into wider rows. chunk_size is
-    accepted and ignored: the tile sizes are chosen by shape. Raises ValueError for shapes or dtypes that do not fit.
+    x, B and C are bfloat16, float16 or float32, all of one kind, and may be views into wider rows; in float16 no number
+    of a state may pass 65,504, because states are stored in x's dtype. chunk_size is accepted and ignored: the tile
+    sizes are chosen by shape. Raises ValueError for shapes or dtypes that do not fit.
     """
     return _Scan.apply(x, dt, A, B, C, D, initial_state, seq_idx, dt_bias, time_step_limit)
 
