@@ -43,7 +43,11 @@ def main():
         print(
             f"peak      {f'{peak / 1e12:.0f} TFLOP/s in bfloat16' if peak else 'not in the table, so no MFU is shown'}"
         )
-    optional = {"triton": "compiling for a GPU, and the kernels in kernels/", "transformers": "tests against the reference", "pytest": "make test"}
+    optional = {
+        "triton": "compiling for a GPU, and the kernels in kernels/",
+        "transformers": "tests against the reference",
+        "pytest": "make test",
+    }
     for name, use in optional.items():
         found = importlib.util.find_spec(name) is not None
         print(f"{name:<12} {'found' if found else 'not found'} (optional: {use})")
