@@ -16,18 +16,19 @@ Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989).
 import torch
 import torch.nn.functional as F
 
-SLICE = 2**26  # logits at a time: 256 MB in float32
+SLICE = 2**28  # bytes of logits at a time
 
 
-def next_token_loss(x, weight, targets, learned):
+def next_token_loss(x, weight, targets, learned, impl="torch"):
     """Features x (b, l, d), the head's weight (vocab, d), targets (b, l) int64, learned (b, l) bool: what counts.
 
+    impl "torch" or "triton" (device.choose_impl says which can be had): who turns a slice's logits into their gradient.
     Returns the sum of the losses that count, in nats, and the loss of every token (b, l) without a gradient.
     """
-    large = targets.numel() * weight.shape[0] > SLICE
+    large = 4 * targets.numel() * weight.shape[0] > SLICE  # the plain form's logits are float32
     # float16 needs the loss scaled before the gradient is rounded, and here the factor comes after
-    if x.is_cuda and large and torch.get_autocast_dtype("cuda") != torch.float16:
-        return sliced_loss(x, weight, targets, learned)
+    if x.is_cuda and (large or impl == "triton") and _product_dtype(x) != torch.float16:
+        return sliced_loss(x, weight, targets, learned, impl)
     return plain_loss(x, weight, targets, learned)
 
 
@@ -37,18 +38,41 @@ def plain_loss(x, weight, targets, learned):
     return (nll * learned).sum(), nll.detach()
 
 
-def sliced_loss(x, weight, targets, learned, size=SLICE):
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    total, nll = _Slices.apply(x.flatten(0, -2), weight, targets.flatten(), learned.flatten(), dtype, size)
+def sliced_loss(x, weight, targets, learned, impl="torch", size=None):
+    """As `next_token_loss`; `size`: logits at a time, by default as many as fit into SLICE bytes."""
+    dtype = _product_dtype(x)
+    total, nll = _Slices.apply(x.flatten(0, -2), weight, targets.flatten(), learned.flatten(), dtype, impl, size)
     return total, nll.view_as(targets)
+
+
+def _product_dtype(x):
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def cross_entropy_(logits, targets, learned, gradient=True):
+    """What kernels/cross_entropy.py does, for logits in float32 or wider: returns nll (t,), and with `gradient` the
+    logits (t, vocab) become (softmax - onehot(target)) * learned."""
+    total, target = logits.logsumexp(-1, keepdim=True), targets[:, None]
+    nll = total - logits.gather(1, target)
+    if gradient:
+        logits.sub_(total).exp_().scatter_add_(1, target, torch.full_like(total, -1.0)).mul_(learned[:, None])
+    return nll.squeeze(1)
 
 
 class _Slices(torch.autograd.Function):
     """x (t, d), weight (vocab, d), targets and learned (t,). The products are made in `dtype`, sums in float32."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, learned, dtype, size):
+    def forward(ctx, x, weight, targets, learned, dtype, impl, size):
         wide = torch.promote_types(x.dtype, torch.float32)
+        if impl == "triton":  # reads and writes the products' own dtype: twice as many logits to a slice
+            from kernels import cross_entropy
+
+            finish, held = cross_entropy.cross_entropy_, dtype
+        else:
+            finish, held = cross_entropy_, wide
+        size = size or SLICE // held.itemsize
         nll = x.new_empty(len(x), dtype=wide)
         gradients = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if gradients else None
@@ -57,16 +81,13 @@ class _Slices(torch.autograd.Function):
             head = weight.to(dtype)
             for rows in torch.arange(len(x), device="cpu").split(max(1, size // len(weight))):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                features, target = x[part].to(dtype), targets[part, None]
-                logits = (features @ head.t()).to(wide)
-                total = logits.logsumexp(-1, keepdim=True)
-                nll[part] = (total - logits.gather(1, target)).squeeze(1)
+                features = x[part].to(dtype)
+                logits = (features @ head.t()).to(held)
+                nll[part] = finish(logits, targets[part], learned[part], gradients)
                 if gradients:
-                    d = logits.sub_(total).exp_()  # softmax
-                    d.scatter_add_(1, target, torch.full_like(total, -1.0))
-                    d = d.mul_(learned[part, None]).to(dtype)
+                    d = logits.to(dtype)
                     dx[part] = d @ head
-                    dweight += d.t() @ features
+                    _add_product(dweight, d.t(), features)
         if gradients:
             ctx.save_for_backward(dx, dweight)
             ctx.weight_dtype = weight.dtype
@@ -76,4 +97,12 @@ class _Slices(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtotal, _):
         dx, dweight = ctx.saved_tensors
-        return dx * dtotal.to(dx.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None, None, None
+        return dx * dtotal.to(dx.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None, None, None, None
+
+
+def _add_product(total, a, b):
+    """total += a @ b. On a GPU 16-bit matrices are multiplied onto the float32 total: no rounding, no second pass."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b

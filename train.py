@@ -144,9 +144,9 @@ def make_optimizer(model, lr, weight_decay):
 class Objective(nn.Module):
     """Model and loss in one module, so that torch.compile and DDP see one forward."""
 
-    def __init__(self, model, token_bytes):
+    def __init__(self, model, token_bytes, impl="torch"):
         super().__init__()
-        self.model = model
+        self.model, self.impl = model, impl
         self.register_buffer("token_bytes", token_bytes, persistent=False)  # (vocab,): for bits per byte
 
     def forward(self, ids, doc, kind):
@@ -156,7 +156,7 @@ class Objective(nn.Module):
         targets, kind = ids[:, 1:], kind[:, 1:]
         task, text = kind == data.TASK, kind == data.TEXT
         # at every position: shapes that change cost more than they save
-        total, nll = next_token_loss(x, self.model.lm_head.weight, targets, task | text)
+        total, nll = next_token_loss(x, self.model.lm_head.weight, targets, task | text, self.impl)
         of_text = (nll * text).sum()  # a plain number: the gradient is all in `total`
         sums = total - of_text, of_text
         return torch.stack([*sums, task.sum(), text.sum(), (self.token_bytes[targets] * text).sum()])
@@ -266,7 +266,7 @@ class Run:
 
         torch.manual_seed(config.seed)
         self.model = build(self.model_config, self.device).use(impl)
-        self.objective = Objective(self.model, evaluate.token_bytes(self.tokenizer).to(self.device))
+        self.objective = Objective(self.model, evaluate.token_bytes(self.tokenizer).to(self.device), impl)
         if compiled:  # layer by layer: equal layers share one compiled graph, half a minute instead of several
             torch.set_float32_matmul_precision("high")
             for block in self.model.backbone.layers:

@@ -69,9 +69,9 @@ def name_kernels():
     of norm.py could not be told apart in a profile."""
     from triton.runtime.jit import JITFunction
 
-    from kernels import conv1d, decode, norm, ssd
+    from kernels import conv1d, cross_entropy, decode, norm, ssd, ssd_backward
 
-    for module in (conv1d, decode, norm, ssd):
+    for module in (conv1d, cross_entropy, decode, norm, ssd, ssd_backward):
         for name, kernel in vars(module).items():
             if isinstance(kernel, JITFunction):  # not so in the interpreter, which compiles nothing
                 full = f"{module.__name__.rpartition('.')[2]}_{name.lstrip('_')}"
@@ -188,7 +188,7 @@ def measure(config, device, dtype, impl, compile, rows, length, steps, profile, 
     torch.manual_seed(0)
     model = build(config, device).use(impl)
     token_bytes = torch.ones(config.vocab_size, device=device)
-    objective = (Objective if packed else Unpacked)(model, token_bytes)
+    objective = (Objective if packed else Unpacked)(model, token_bytes, impl)
     if compile:  # as train.py does
         torch.set_float32_matmul_precision("high")
         for block in model.backbone.layers:

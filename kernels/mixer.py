@@ -10,7 +10,7 @@ This file starts no kernel of its own: it says in which order the others run, fo
 
 import torch
 
-from kernels import conv1d, decode, norm, ssd
+from kernels import conv1d, decode, norm, ssd, ssd_backward
 
 
 def forward(mixer, u, state=None, seq_idx=None):
@@ -79,7 +79,7 @@ class _Between(torch.autograd.Function):
         dout = torch.zeros_like(z) if dout is None else dout
         dy, dnorm = norm.backward(dout, None, y.flatten(-2), z, norm_weight, rstd, g, dz)
         dx, dB, dC = _heads(dconvolved, h, p, g)
-        dA, dD, dssm, dbias = ssd.scan_backward(scan, ctx.limit, dy.view_as(y), dfinal, dx, ddt, dB, dC)
+        dA, dD, dssm, dbias = ssd_backward.scan_backward(scan, ctx.limit, dy.view_as(y), dfinal, dx, ddt, dB, dC)
         _, dwindow, sums = conv1d.backward(dconvolved, xBC, conv_weight, conv_bias, window, seq_idx, dxBC)
         dweight = sums[:-1].t().unsqueeze(1).to(conv_weight.dtype)
         dconv_bias = None if conv_bias is None else sums[-1].to(conv_bias.dtype)

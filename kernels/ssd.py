@@ -1,4 +1,38 @@
-"""The scan of a Mamba-2 layer on a GPU: `mamba2.ssd_chunked` as eight small Triton kernels, backward included."""
+"""The scan of a Mamba-2 layer on a GPU: `mamba2.ssd_chunked` as Triton kernels. Forward here, backward beside it.
+
+Two numbers first, for one layer of the released models on a row of 8192 tokens (128 heads of 80 channels, 8 groups,
+state 128, bfloat16): reading x, dt, B, C and writing y moves 373 MB, 87 microseconds on a card that copies 4.3 TB a
+second. The chunked form below spends 55 GFLOP, 70 microseconds at 785 TFLOP a second. So bytes are the floor, with
+arithmetic close behind: whatever is read twice shows, and so does any time in which the card only waits.
+
+The idea is that of mamba2.py. Cut the row into chunks of Q tokens. Inside a chunk every token reads every earlier one
+directly, as in attention; from all earlier chunks it reads through one matrix, the state. With a_t = dt_t A and sums
+of it inside a chunk, y_i = (decay up to i) C_i . state  +  sum over j <= i of (C_i . B_j) (decay from j to i) dt_j x_j.
+
+Why the plain form is slow: it is a dozen matrix products and as many passes over (chunks, heads, Q, Q) tensors, the
+decays and their products with C.B, each of which goes to memory and back. Here they exist in registers only.
+
+The plan, three kernels:
+
+1. `_decays`: everything that has no channel axis, once, in float32: steps, sums of decays, what they are exponents of.
+2. `_walk`: the only thing that must happen in order. One program carries some columns of one head's state through the
+   row and writes down, in x's dtype, the state before each chunk. Heads are many enough to fill a card.
+3. `_mix`: given those states, all chunks are independent. One program takes one chunk and the heads of one group, one
+   after the other; the products C.B are made once for the group.
+
+That writes and reads the states, 168 MB each way, and reads x twice: 880 MB in all. A kernel that walks and mixes at
+once would save that and was slower (it has too little to do while it waits for memory).
+
+What made these kernels fast, in the order of what it gained:
+
+- Loads run two chunks (two heads) ahead of the arithmetic, from memory into shared memory; Triton sees to that in a
+  loop with num_stages=3, but only for loads it can leave there until they are used. `_walk` loads B transposed for
+  this one reason: loaded as it lies and then transposed, each step waited for memory (170 us instead of 120).
+- A head of 80 channels is cut 64 + 16. Tiles are powers of two, and one of 128 wastes 3/8 of every product and of the
+  shared memory in which the loads wait.
+- Two vectors of a chunk are stored side by side (`BOTH`) and loaded as one tile. A vector shorter than the number of
+  threads is loaded by Triton many times over, once for each thread that needs it.
+"""
 
 import functools
 import math
@@ -9,9 +43,16 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-BIG = tl.constexpr(
-    60.0
-)  # exponents are cut here: above the diagonal they overflow, and a zero times 2^60 is still zero
+BIG = tl.constexpr(60.0)  # exponents are cut here: above the diagonal they overflow; a zero times 2^60 is still zero
+TINY = tl.constexpr(1e-30)  # in the place of a step of zero, where its logarithm is taken
+
+# `vectors` (6, b, h, chunks * Q), float32: what `_decays` leaves for each token and head. With a_t = step_t A, and all
+# of it inside the token's chunk:
+STEP = tl.constexpr(0)  # softplus(dt + dt_bias) within its limits
+SINCE = tl.constexpr(1)  # decay from the chunk's start up to and with t: what of the incoming state t still sees
+UNTIL = tl.constexpr(2)  # decay after t up to the chunk's end: what of t reaches the outgoing state
+WRITE = tl.constexpr(3)  # step * until
+BOTH = tl.constexpr(4)  # and 5, as pairs: acs, log2 of SINCE without regard to documents, and u = acs - log2(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -21,16 +62,11 @@ BIG = tl.constexpr(
 
 @triton.jit(do_not_specialize=["l", "chunks"])
 def _decays(
-    dt, bias, A, seq, step, acs, u, since, until, write, fade, l, h, chunks, dt_b, dt_l, low, high,
+    dt, bias, A, seq, vectors, fade, l, h, chunks, dt_b, dt_l, low, high,
     Q: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dt (b, l, h) -> step, acs, u, since, until, write (b, h, chunks * Q) and fade (b, h, chunks), all float32.
-
-    With a_t = step_t * A: acs is log2 of the decay from the chunk's start up to and with t, u = acs - log2(step),
-    since = 2^acs (what of the incoming state t still sees), until = 2^(a after t) (what of t reaches the chunk's end),
-    write = step * until, fade = 2^(all a) (what of the incoming state survives). Zeros where another document is
-    concerned. One program takes one chunk of one head.
-    """
+    """dt (b, l, h) -> vectors (see above) and fade (b, h, chunks): the decay over the whole chunk, what survives of
+    the incoming state. Zeros where another document is concerned. One program takes one chunk of one head."""
     c, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = c * Q + tl.arange(0, Q)
     d = tl.load(dt + b * dt_b + t.to(tl.int64) * dt_l + head, t < l, other=0.0).to(tl.float32)
@@ -49,14 +85,21 @@ def _decays(
         reaches = tl.where(ids == end, reaches, 0.0)
         survives = tl.where(first == end, survives, 0.0)
     row = b * h + head
+    plane = _plane(tl.num_programs(2), h, chunks, Q)
     at = row * (chunks * Q) + t
-    tl.store(step + at, d)
-    tl.store(acs + at, so_far)
-    tl.store(u + at, so_far - tl.log2(d))
-    tl.store(since + at, seen)
-    tl.store(until + at, reaches)
-    tl.store(write + at, d * reaches)
+    tl.store(vectors + STEP * plane + at, d)
+    tl.store(vectors + SINCE * plane + at, seen)
+    tl.store(vectors + UNTIL * plane + at, reaches)
+    tl.store(vectors + WRITE * plane + at, d * reaches)
+    tl.store(vectors + BOTH * plane + 2 * at, so_far)
+    tl.store(vectors + BOTH * plane + 2 * at + 1, so_far - tl.log2(tl.maximum(d, TINY)))
     tl.store(fade + row * chunks + c, survives)
+
+
+@triton.jit
+def _plane(batch, h, chunks, Q):
+    """Numbers in one of the `vectors`."""
+    return (batch * h).to(tl.int64) * (chunks * Q)
 
 
 @triton.jit
@@ -68,11 +111,23 @@ def _softplus(v):
 
 
 @triton.jit
-def _tile(base, rows, stride, columns, height, width):
+def _load(base, rows, stride, columns, height, width):
     """The tile base[rows * stride + columns], zeros outside height and width. Offsets inside a tile fit in 32 bits;
     `base` (64 bits) has already moved to the tile's chunk."""
     inside = (rows < height)[:, None] & (columns < width)[None, :]
     return tl.load(base + rows[:, None] * stride + columns[None, :], inside, other=0.0)
+
+
+@triton.jit
+def _store(base, rows, stride, columns, height, width, values):
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    tl.store(base + rows[:, None] * stride + columns[None, :], values.to(base.dtype.element_ty), inside)
+
+
+@triton.jit
+def _channels(P: tl.constexpr, REST: tl.constexpr):
+    """The channels of a head in two tiles, of P and of REST; REST 0 means that P holds them all."""
+    return tl.arange(0, P), P + tl.arange(0, REST if REST else 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,41 +137,58 @@ def _tile(base, rows, stride, columns, height, width):
 
 @triton.jit(do_not_specialize=["l", "chunks"])
 def _walk(
-    v, k, weight, fade, start, states, end, before, cross, l, h, chunks, v_b, v_l, k_b, k_l,
-    R: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    REVERSE: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr,
+    v, k, vectors, fade, start, states, end, before, cross, l, h, chunks, v_b, v_l, k_b, k_l,
+    R: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+    N: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program carries N columns of one head's state S (p, n) through the row: S = fade S + v^T (weight k).
+    """One program carries N rows of one head's state S (n, p), transposed, through the row: S = fade S + (w k)^T v.
 
-    Forward v, k, weight = x, B, write, and states (b, chunks, h, p, n) receives S before each chunk. REVERSE:
-    v, k, weight = dy, C, since, states receives the gradient of S after each chunk, and cross (n / N, b, h, chunks)
-    what the pairs across the whole chunk add to the gradient of its log-decay: fade * <S before, dS after>.
+    Forward v, k, w = x, B, WRITE, and states (b, chunks, h, n, p) receives S before each chunk. REVERSE: v, k, w = dy,
+    C, SINCE, states receives the gradient of S after each chunk, and cross (b, h, chunks, n) what the pairs across the
+    whole chunk add to the gradient of its log-decay: fade * <S before, dS after>, still to be summed over n.
     start (b, h, p, n) or None; end (b, h, p, n).
     """
     head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q, ps, ns = tl.arange(0, Q), tl.arange(0, P), tl.program_id(2) * N + tl.arange(0, N)
+    q, ns = tl.arange(0, Q), tl.program_id(2) * N + tl.arange(0, N)
+    ps, more = _channels(P, REST)
+    row = b * h + head
     v += b * v_b + head * p
     k += b * k_b + (head // R) * n
-    row = b * h + head
-    tile = ps[:, None] * n + ns[None, :]
-    inside = (ps < p)[:, None] & (ns < n)[None, :]
-    S = tl.load(start + row * (p * n) + tile, inside, other=0.0) if START else tl.zeros((P, N), tl.float32)
-    for i in range(chunks):
+    vectors += (SINCE if REVERSE else WRITE) * _plane(tl.num_programs(1), h, chunks, Q) + row * (chunks * Q)
+    fade += row * chunks
+    S, S_more = tl.zeros((N, P), tl.float32), tl.zeros((N, REST if REST else 16), tl.float32)
+    if START:
+        S = tl.trans(_load(start + row * (p * n), ps, n, ns, p, n))
+        if REST:
+            S_more = tl.trans(_load(start + row * (p * n), more, n, ns, p, n))
+    keep = tl.load(fade + (chunks - 1 if REVERSE else 0))
+    for i in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - i if REVERSE else i
-        start_l = (c * Q).to(tl.int64)
-        V = _tile(v + start_l * v_l, q, v_l, ps, l - c * Q, p)
-        K = _tile(k + start_l * k_l, q, k_l, ns, l - c * Q, n)
-        at = row * (chunks * Q) + c * Q + q
-        w = tl.load(weight + at)
-        keep = tl.load(fade + row * chunks + c)
-        here = ((b * chunks + c) * h + head) * (p * n) + tile
-        tl.store(states + here, S.to(states.dtype.element_ty), inside)
+        at, left = (c * Q).to(tl.int64), l - c * Q
+        k_inside = (ns < n)[:, None] & (q < left)[None, :]
+        K = tl.load(k + at * k_l + q[None, :] * k_l + ns[:, None], k_inside, other=0.0)  # (N, Q)
+        V = _load(v + at * v_l, q, v_l, ps, left, p)
+        if REST:
+            V_more = _load(v + at * v_l, q, v_l, more, left, p)
+        w = tl.load(vectors + at + q)
+        coming = tl.load(fade + (tl.maximum(c - 1, 0) if REVERSE else tl.minimum(c + 1, chunks - 1)))
+        here = ((b * chunks + c) * h + head) * (p * n)
+        _store(states + here, ns, p, ps, n, p, S)
+        if REST:
+            _store(states + here, ns, p, more, n, p, S_more)
         if REVERSE:
-            past = tl.load(before + here, inside, other=0.0).to(tl.float32)
-            part = tl.program_id(2) * tl.num_programs(1) * h + row
-            tl.store(cross + part * chunks + c, keep * tl.sum(past * S))
-        S = tl.dot(tl.trans(V), (K * w[:, None]).to(K.dtype), S * keep, input_precision=PRECISION)
-    tl.store(end + row * (p * n) + tile, S, inside)
+            across = tl.sum(_load(before + here, ns, p, ps, n, p).to(tl.float32) * S, axis=1)
+            if REST:
+                across += tl.sum(_load(before + here, ns, p, more, n, p).to(tl.float32) * S_more, axis=1)
+            tl.store(cross + (row * chunks + c) * n + ns, keep * across, ns < n)
+        wk = (K * w[None, :]).to(K.dtype)
+        S = tl.dot(wk, V, S * keep, input_precision=PRECISION)
+        if REST:
+            S_more = tl.dot(wk, V_more, S_more * keep, input_precision=PRECISION)
+        keep = coming
+    _store(end + row * (p * n), ps, n, ns, p, n, tl.trans(S))
+    if REST:
+        _store(end + row * (p * n), more, n, ns, p, n, tl.trans(S_more))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,190 +198,68 @@ def _walk(
 
 @triton.jit(do_not_specialize=["l", "chunks"])
 def _mix(
-    a, k, v, states, edge, mine, theirs, D, seq, out, l, h, chunks, a_b, a_l, k_b, k_l, v_b, v_l, out_b, out_l,
-    R: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    a, k, v, states, vectors, D, seq, out, l, h, chunks, a_b, a_l, k_b, k_l, v_b, v_l, out_b, out_l,
+    R: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
     N: tl.constexpr, BACKWARD: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS tokens of one chunk, all heads of one group, one after the other.
+    """One program: one chunk, all heads of one group, one after the other.
 
     y_i  = since_i (S C_i)  + sum over j <= i of (C_i . B_j) 2^(acs_i - u_j) x_j  + D x_i
     dx_j = write_j (dS B_j) + sum over i >= j of (C_i . B_j) 2^(acs_i - u_j) dy_i + D dy_j
-    The products C.B are made once for the group. a, k, v, edge, mine, theirs = C, B, x, since, acs, u forward, and
-    B, C, dy, write, u, acs backward.
+    The products C.B are made once for the group. a, k, v = C, B, x forward, and B, C, dy backward.
     """
-    blocks: tl.constexpr = Q // ROWS
-    c, group, b = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inner, q = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS), tl.arange(0, Q)
-    ps, ns = tl.arange(0, P), tl.arange(0, N)
+    c, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q, ns, two = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, 2)
+    ps, more = _channels(P, REST)
     start, left = (c * Q).to(tl.int64), l - c * Q
-    a = _tile(a + b * a_b + start * a_l + group * n, inner, a_l, ns, left, n)
-    k = _tile(k + b * k_b + start * k_l + group * n, q, k_l, ns, left, n)
-    sees = inner[:, None] <= q[None, :] if BACKWARD else inner[:, None] >= q[None, :]
+    a = _load(a + b * a_b + start * a_l + group * n, q, a_l, ns, left, n)
+    k = _load(k + b * k_b + start * k_l + group * n, q, k_l, ns, left, n)
+    sees = q[:, None] <= q[None, :] if BACKWARD else q[:, None] >= q[None, :]
     if PACKED:
-        seq += b * l + start
-        sees &= tl.load(seq + tl.minimum(inner, left - 1))[:, None] == tl.load(seq + tl.minimum(q, left - 1))[None, :]
-    ak = tl.where(sees, tl.dot(a, tl.trans(k), input_precision=PRECISION), 0.0)  # (ROWS, Q)
+        ids = tl.load(seq + b * l + start + tl.minimum(q, left - 1))
+        sees &= ids[:, None] == ids[None, :]
+    ak = tl.where(sees, tl.dot(a, tl.trans(k), input_precision=PRECISION), 0.0)  # (Q, Q)
 
     v += b * v_b + start * v_l
     out += b * out_b + start * out_l
-    out_at, inside = inner[:, None] * out_l + ps[None, :], (inner < left)[:, None] & (ps < p)[None, :]
     states += (b * chunks + c) * h * (p * n)
+    plane = _plane(tl.num_programs(2), h, chunks, Q)
     for head in tl.range(group * R, group * R + R, num_stages=STAGES):
-        row = (b * h + head) * (chunks * Q) + c * Q
-        S, V = _tile(states + head * (p * n), ps, n, ns, p, n), _tile(v + head * p, q, v_l, ps, left, p)
-        between = tl.load(mine + row + inner)[:, None] - tl.load(theirs + row + q)[None, :]
-        M = ak * tl.exp2(tl.minimum(-between if BACKWARD else between, BIG))
-        M = tl.where(inner[:, None] == q[None, :], M + tl.load(D + head).to(tl.float32), M).to(V.dtype)
-        y = tl.dot(a, tl.trans(S), input_precision=PRECISION) * tl.load(edge + row + inner)[:, None]  # (ROWS, P)
-        y = tl.dot(M, V, y, input_precision=PRECISION)
-        tl.store(out + head * p + out_at, y.to(out.dtype.element_ty), inside)
+        row = (b * h + head) * (chunks * Q) + start
+        S, V = _load(states + head * (p * n), ns, p, ps, n, p), _load(v + head * p, q, v_l, ps, left, p)
+        if REST:
+            S_more = _load(states + head * (p * n), ns, p, more, n, p)
+            V_more = _load(v + head * p, q, v_l, more, left, p)
+        acs, u = tl.split(tl.load(vectors + BOTH * plane + (row + q)[:, None] * 2 + two[None, :]))
+        exponent = acs[None, :] - u[:, None] if BACKWARD else acs[:, None] - u[None, :]
+        M = ak * tl.exp2(tl.minimum(exponent, BIG))
+        M = tl.where(q[:, None] == q[None, :], M + tl.load(D + head).to(tl.float32), M).to(V.dtype)
+        edge = tl.load(vectors + (WRITE if BACKWARD else SINCE) * plane + row + q)[:, None]
+        y = tl.dot(a, S, input_precision=PRECISION) * edge  # (Q, P)
+        _store(out + head * p, q, out_l, ps, left, p, tl.dot(M, V, y, input_precision=PRECISION))
+        if REST:
+            y = tl.dot(a, S_more, input_precision=PRECISION) * edge
+            _store(out + head * p, q, out_l, more, left, p, tl.dot(M, V_more, y, input_precision=PRECISION))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Backward only. The pairs: the gradient of C.B summed over a group's heads, and of the log-decays inside a chunk.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["l", "chunks"])
-def _pairs(
-    C, B, x, dy, acs, step, seq, dCB, rows, columns, diagonal, l, h, chunks, c_b, c_l, b_b, b_l, x_b, x_l, dy_b, dy_l,
-    R: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: ROWS tokens i against all tokens j of their chunk, all heads of one group, one after the other.
-
-    With d_ij = (dy_i . x_j) 2^(acs_i - acs_j) and its part of the loss G_ij = d_ij (C_i . B_j) step_j:
-    dCB (b, chunks, g, Q, Q) gets the sum of d_ij step_j over heads; rows (b, h, chunks * Q) the sums of G over j;
-    columns (Q / ROWS, b, h, chunks * Q) those of G / step over this program's i; diagonal, shaped as rows,
-    dy_i . x_i.
-    Rows and columns are sums of the same numbers, so that what should cancel between them does.
-    """
-    blocks: tl.constexpr = Q // ROWS
-    c, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inner, q = block * ROWS + tl.arange(0, ROWS), tl.arange(0, Q)
-    ps, ns = tl.arange(0, P), tl.arange(0, N)
-    start, left = (c * Q).to(tl.int64), l - c * Q
-    a = _tile(C + b * c_b + start * c_l + group * n, inner, c_l, ns, left, n)
-    k = _tile(B + b * b_b + start * b_l + group * n, q, b_l, ns, left, n)
-    sees = inner[:, None] >= q[None, :]
-    if PACKED:
-        seq += b * l + start
-        sees &= tl.load(seq + tl.minimum(inner, left - 1))[:, None] == tl.load(seq + tl.minimum(q, left - 1))[None, :]
-    CB = tl.where(sees, tl.dot(a, tl.trans(k), input_precision=PRECISION), 0.0)
-    total = tl.zeros((ROWS, Q), tl.float32)
-    dy += b * dy_b + start * dy_l
-    x += b * x_b + start * x_l
-    columns += block.to(tl.int64) * (tl.num_programs(2) * h) * (chunks * Q)
-    for head in tl.range(group * R, group * R + R, num_stages=STAGES):
-        row = (b * h + head) * (chunks * Q) + c * Q
-        Y, X = _tile(dy + head * p, inner, dy_l, ps, left, p), _tile(x + head * p, q, x_l, ps, left, p)
-        between = tl.load(acs + row + inner)[:, None] - tl.load(acs + row + q)[None, :]
-        d = tl.dot(Y, tl.trans(X), input_precision=PRECISION) * tl.exp2(tl.minimum(between, 0.0))
-        w = tl.load(step + row + q)[None, :]
-        total += d * w
-        G = d * CB
-        tl.store(rows + row + inner, tl.sum(G * w, axis=1))
-        tl.store(columns + row + q, tl.sum(G, axis=0))
-        tl.store(diagonal + row + inner, tl.sum(tl.where(inner[:, None] == q[None, :], d, 0.0), axis=1))
-    dCB += ((b * chunks + c) * tl.num_programs(1) + group) * (Q * Q)
-    tl.store(dCB + inner[:, None] * Q + q[None, :], tl.where(sees, total, 0.0).to(dCB.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["l", "chunks"])
-def _gather(
-    v, states, edge, weight, a, k, dCB, out, flow, l, h, chunks, v_b, v_l, a_b, a_l, k_b, k_l, out_b, out_l,
-    R: tl.constexpr, p: tl.constexpr, n: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
-    N: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of C, or with KEYS of B: ROWS tokens, one group, summed over its heads.
-
-    dC_i = sum over heads of since_i (dy_i S)        + sum over j of dCB_ij B_j   v, edge, a, k = dy, since, C, B
-    dB_j = sum over heads of step_j until_j (x_j dS) + sum over i of dCB_ij C_i   v, edge, a, k = x, until, B, C
-    flow (b, h, chunks * Q): since_i (dy_i S) . C_i, what the incoming state adds to the loss through token i, and
-    until_j (x_j dS) . B_j, what token j adds through the outgoing state for each unit of its step.
-    """
-    blocks: tl.constexpr = Q // ROWS
-    c, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inner, q = block * ROWS + tl.arange(0, ROWS), tl.arange(0, Q)
-    ps, ns = tl.arange(0, P), tl.arange(0, N)
-    start, left = (c * Q).to(tl.int64), l - c * Q
-    dCB += ((b * chunks + c) * tl.num_programs(1) + group) * (Q * Q)
-    if KEYS:
-        pairs = tl.trans(tl.load(dCB + q[:, None] * Q + inner[None, :]))
-    else:
-        pairs = tl.load(dCB + inner[:, None] * Q + q[None, :])
-    a = _tile(a + b * a_b + start * a_l + group * n, inner, a_l, ns, left, n).to(tl.float32)
-    k = _tile(k + b * k_b + start * k_l + group * n, q, k_l, ns, left, n)
-    total = tl.dot(pairs, k, input_precision=PRECISION)  # (ROWS, N)
-    v += b * v_b + start * v_l
-    states += (b * chunks + c) * h * (p * n)
-    for head in tl.range(group * R, group * R + R, num_stages=STAGES):
-        row = (b * h + head) * (chunks * Q) + c * Q + inner
-        V, S = _tile(v + head * p, inner, v_l, ps, left, p), _tile(states + head * (p * n), ps, n, ns, p, n)
-        d = tl.dot(V, S, input_precision=PRECISION) * tl.load(edge + row)[:, None]
-        total += d * tl.load(weight + row)[:, None] if KEYS else d
-        tl.store(flow + row, tl.sum(d * a, axis=1))
-    out += b * out_b + start * out_l + group * n
-    inside = (inner < left)[:, None] & (ns < n)[None, :]
-    tl.store(out + inner[:, None] * out_l + ns[None, :], total.to(out.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["l", "chunks"])
-def _finish(
-    dt, bias, A, step, rows, columns, outflow, inflow, cross, ddt, dA, dbias, l, h, chunks, dt_b, dt_l, ddt_b, ddt_l,
-    low, high, Q: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """ddt (b, l, h), and one dA and dbias (b, chunks, h) for each chunk, from the sums the other kernels left.
-
-    A log-decay a_t meets every pair (written at j < t, read at i >= t), so its gradient is the sum of those pairs'
-    parts of the loss: both inside the chunk; from before; to after; across. One program takes one chunk of one head.
-    """
-    c, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t = c * Q + tl.arange(0, Q)
-    row, heads = b * h + head, tl.num_programs(2).to(tl.int64) * h
-    at = row * (chunks * Q) + t
-    d, direct = tl.load(step + at), tl.zeros((Q,), tl.float32)
-    for i in tl.static_range(BLOCKS):
-        direct += tl.load(columns + i * heads * (chunks * Q) + at)
-    reads = tl.load(rows + at) - d * direct + tl.load(outflow + at)
-    flow = tl.load(inflow + at)
-    a = tl.cumsum(reads, axis=0, reverse=True) + tl.cumsum(d * flow, axis=0) - d * flow
-    for i in tl.static_range(PARTS):
-        a += tl.load(cross + (i * heads + row) * chunks + c)
-    out = (b * chunks + c) * h + head
-    tl.store(dA + out, tl.sum(a * d, axis=0))
-    g = a * tl.load(A + head).to(tl.float32) + direct + flow
-    raw = tl.load(dt + b * dt_b + t.to(tl.int64) * dt_l + head, t < l, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        raw += tl.load(bias + head).to(tl.float32)
-        g *= tl.sigmoid(raw)
-        raw = _softplus(raw)
-    g = tl.where((t < l) & (raw >= low) & (raw <= high), g, 0.0)
-    tl.store(dbias + out, tl.sum(g, axis=0))
-    tl.store(ddt + b * ddt_b + t.to(tl.int64) * ddt_l + head, g.to(ddt.dtype.element_ty), t < l)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The launches.
+# 4. The launches.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Tiles(NamedTuple):
-    """How one shape is cut: chunk Q; padded head P and state N; columns of the state that one walk carries (WALK);
-    tokens a program takes in _mix (MIX) and in _pairs and _gather (ROWS); warps; depth of the software pipelines; the
-    most registers a thread of _walk and _gather may take, or None."""
+    """How one shape is cut: chunk Q; a head in tiles of P and REST channels; padded state N, of which one walk carries
+    WALK rows; tokens along each side of a block in `_pairs`; warps (of `_walk` and `_pairs`: 4); how many loads ahead
+    the loops run."""
 
     Q: int
     P: int
+    REST: int
     N: int
     WALK: int
-    MIX: int
-    ROWS: int
-    warps: int = 8
+    BLOCK: int
+    warps: int = 4
     stages: int = 1
-    registers: int | None = None
 
 
 LARGE = 232448  # bytes of shared memory a program may take on a Hopper card; older ones have 101,376 or 166,912
@@ -321,27 +271,27 @@ def shared_memory(device):
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else LARGE
 
 
+@functools.cache
 def tiles(p, n, dtype, shared=LARGE):
     """Tile sizes by shape and card; nothing is tried out at run time, so the first step compiles each kernel once.
 
     Chunks of 128 tokens halve the traffic of states against 64. What does not fit into the registers and the shared
-    memory of a multiprocessor (float32; a state of more than 128; an older card) takes smaller chunks. With 128
-    registers two programs share a multiprocessor, and one computes while the other waits for memory.
+    memory of a multiprocessor (float32; a state of more than 128; an older card) takes smaller chunks.
     """
-    P, N = max(16, triton.next_power_of_2(p)), max(16, triton.next_power_of_2(n))
+    power = lambda size: max(16, triton.next_power_of_2(size))
+    P, REST, N = min(64, power(p)), power(p - 64) if p > 64 else 0, power(n)
     if dtype.itemsize == 4:
-        if shared < 4 * P * N + 2048:
+        needs = 4 * power(p) * N + 2048
+        if shared < needs:
             raise ValueError(
-                f"float32 tiles of {P} x {N} (head_dim {p}, state size {n}) need {4 * P * N + 2048:,} bytes of shared "
+                f"float32 tiles of {power(p)} x {N} (head_dim {p}, state size {n}) need {needs:,} bytes of shared "
                 f"memory, and this GPU has {shared:,}: use bfloat16, or impl='torch'"
             )
-        Q = 32 if P * N <= 64 * 64 else 16
-        return Tiles(Q, P, N, min(N, 32), Q, Q)
-    if shared < LARGE:
-        return Tiles(64, P, N, min(N, 64), 64, 64 if N <= 128 else 32, stages=2 if N <= 128 else 1)
-    if N > 128:
-        return Tiles(64, P, N, 64, 64, 64)
-    return Tiles(128, P, N, min(N, 64), 128, 64, stages=3 if P <= 64 else 2, registers=128)
+        Q = 32 if p * N <= 64 * 64 else 16
+        return Tiles(Q, P, REST, N, min(N, 32), Q)
+    if shared < LARGE or N > 128:
+        return Tiles(64, P, REST, N, min(N, 64), 64, stages=2 if N <= 128 else 1)
+    return Tiles(128, P, REST, N, min(N, 64), 64, warps=8, stages=3 if p <= 96 else 2)
 
 
 def ssd(
@@ -369,6 +319,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):
+        from kernels.ssd_backward import scan_backward  # that file needs this one first
+
         x, dt, _, B, C, _, initial, *_ = saved = ctx.saved_tensors
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         dy = torch.zeros_like(x) if dy is None else dy
@@ -376,7 +328,46 @@ class _Scan(torch.autograd.Function):
         return dx, ddt, dA, dB, dC, dD, None if initial is None else dinitial, None, dbias, None
 
 
-def _rows(t):
+def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
+    """y (b, l, h, p), the final state (b, h, p, n), and what `scan_backward` needs."""
+    _check(x, dt, A, B, C, D, initial, seq_idx, dt_bias)
+    x, B, C, dt = rows(x), rows(B), rows(C), rows(dt)
+    initial = None if initial is None else initial.float().contiguous()
+    seq_idx = None if seq_idx is None else seq_idx.contiguous()
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    tile = tiles(p, n, x.dtype, shared_memory(x.device))
+    chunks = -(-l // tile.Q)
+    vectors = torch.empty(6, b, h, chunks * tile.Q, dtype=torch.float32, device=x.device)
+    fade = torch.empty(b, h, chunks, dtype=torch.float32, device=x.device)
+    packed = seq_idx is not None
+    _decays[chunks, h, b](
+        dt, dt_bias, A, seq_idx, vectors, fade, l, h, chunks, *dt.stride()[:2], *limit,
+        Q=tile.Q, SOFTPLUS=dt_bias is not None, PACKED=packed, num_warps=1,
+    )  # fmt: skip
+    shape = constants(x, B, tile)
+    states = torch.empty(b, chunks, h, n, p, dtype=x.dtype, device=x.device)
+    final = torch.empty(b, h, p, n, dtype=torch.float32, device=x.device)
+    _walk[h, b, tile.N // tile.WALK](
+        x, B, vectors, fade, initial, states, final, None, None, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
+        **shape, N=tile.WALK, REVERSE=False, START=initial is not None, num_warps=4,
+    )  # fmt: skip
+    y = torch.empty(b, l, h, p, dtype=x.dtype, device=x.device)
+    _mix[chunks, g, b](
+        C, B, x, states, vectors, D, seq_idx, y, l, h, chunks, *C.stride()[:2], *B.stride()[:2], *x.stride()[:2],
+        *y.stride()[:2], **shape, N=tile.N, BACKWARD=False, PACKED=packed, num_warps=tile.warps,
+    )  # fmt: skip
+    return y, final, (x, dt, A, B, C, D, initial, seq_idx, dt_bias, vectors, fade, states)
+
+
+def constants(x, B, tile):
+    """What every kernel with a channel axis is told when it is compiled."""
+    (h, p), (g, n) = x.shape[2:], B.shape[2:]
+    # 16-bit products are exact in float32 whatever this says; float32 is split into three tf32 products
+    precision = "tf32x3" if x.element_size() == 4 else "tf32"
+    return dict(R=h // g, p=p, n=n, Q=tile.Q, P=tile.P, REST=tile.REST, PRECISION=precision, STAGES=tile.stages)
+
+
+def rows(t):
     """t (b, l, ...) with everything after l lying together: any strides for b and l, else a copy."""
     inner = 1
     for size, stride in zip(t.shape[:1:-1], t.stride()[:1:-1]):
@@ -399,96 +390,9 @@ def _check(x, dt, A, B, C, D, initial_state, seq_idx, dt_bias):
             f"heads for each group; got {l} tokens, head_dim {p}, state size {n}, {h} heads in {g} groups: "
             "use impl='torch'"
         )
-    want = dict(dt=(b, l, h), A=(h,), B=(b, l, g, n), C=(b, l, g, n), D=(h,), dt_bias=(h,), seq_idx=(b, l))
-    want["initial_state"] = (b, h, p, n)
-    given = dict(dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, seq_idx=seq_idx, initial_state=initial_state)
-    for name, t in given.items():
-        if t is not None and tuple(t.shape) != want[name]:
-            raise ValueError(f"{name} must have shape {want[name]} beside x {tuple(x.shape)}; got {tuple(t.shape)}")
-
-
-def _layout(x, B, tile, seq_idx):
-    """What every kernel with a channel axis is told of the shape."""
-    (h, p), (g, n) = x.shape[2:], B.shape[2:]
-    # 16-bit products are exact in float32 whatever this says; float32 is split into three tf32 products
-    common = dict(R=h // g, p=p, n=n, Q=tile.Q, P=tile.P, PRECISION="tf32x3" if x.element_size() == 4 else "tf32")
-    return common | dict(num_warps=tile.warps), dict(PACKED=seq_idx is not None)
-
-
-def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
-    """y (b, l, h, p), the final state (b, h, p, n), and what `scan_backward` needs."""
-    _check(x, dt, A, B, C, D, initial, seq_idx, dt_bias)
-    x, B, C, dt = (_rows(t) for t in (x, B, C, dt))
-    initial = None if initial is None else initial.float().contiguous()
-    seq_idx = None if seq_idx is None else seq_idx.contiguous()
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    tile = tiles(p, n, x.dtype, shared_memory(x.device))
-    chunks = triton.cdiv(l, tile.Q)
-    shape, packed = _layout(x, B, tile, seq_idx)
-    vectors = x.new_empty(6, b, h, chunks * tile.Q, dtype=torch.float32)
-    fade = x.new_empty(b, h, chunks, dtype=torch.float32)
-    _decays[chunks, h, b](
-        dt, dt_bias, A, seq_idx, *vectors, fade, l, h, chunks, *dt.stride()[:2], *limit,
-        Q=tile.Q, SOFTPLUS=dt_bias is not None, num_warps=1, **packed,
-    )  # fmt: skip
-    step, acs, u, since, until, write = vectors
-    states, final = x.new_empty(b, chunks, h, p, n), x.new_empty(b, h, p, n, dtype=torch.float32)
-    _walk[h, b, tile.N // tile.WALK](
-        x, B, write, fade, initial, states, final, None, None, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
-        **shape, N=tile.WALK, REVERSE=False, START=initial is not None, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
-    y = x.new_empty(x.shape)
-    _mix[chunks * tile.Q // tile.MIX, g, b](
-        C, B, x, states, since, acs, u, D, seq_idx, y, l, h, chunks, *C.stride()[:2], *B.stride()[:2], *x.stride()[:2],
-        *y.stride()[:2], **shape, **packed, N=tile.N, ROWS=tile.MIX, BACKWARD=False, STAGES=tile.stages,
-    )  # fmt: skip
-    return y, final, (x, dt, A, B, C, D, initial, seq_idx, dt_bias, vectors, fade, states)
-
-
-def scan_backward(saved, limit, dy, dfinal, dx, ddt, dB, dC):
-    """Fills dx, ddt, dB, dC (shaped as x, dt, B, C; any strides for b and l) and returns dA, dD, dinitial, ddt_bias."""
-    x, dt, A, B, C, D, initial, seq_idx, dt_bias, (step, acs, u, since, until, write), fade, states = saved
-    (b, l, h, p), (g, n), chunks = x.shape, B.shape[2:], fade.shape[-1]
-    tile = tiles(p, n, x.dtype, shared_memory(x.device))
-    blocks, parts = tile.Q // tile.ROWS, tile.N // tile.WALK
-    shape, packed = _layout(x, B, tile, seq_idx)
-    dy = _rows(dy)
-    dfinal = None if dfinal is None else dfinal.float().contiguous()
-
-    def small(*size):
-        return torch.empty(size, dtype=torch.float32, device=x.device)
-
-    dstates, dinitial, cross = torch.empty_like(states), small(b, h, p, n), small(parts, b, h, chunks)
-    _walk[h, b, parts](
-        dy, C, since, fade, dfinal, dstates, dinitial, states, cross, l, h, chunks, *dy.stride()[:2], *C.stride()[:2],
-        **shape, N=tile.WALK, REVERSE=True, START=dfinal is not None, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
-    _mix[chunks * tile.Q // tile.MIX, g, b](
-        B, C, dy, dstates, write, u, acs, D, seq_idx, dx, l, h, chunks, *B.stride()[:2], *C.stride()[:2],
-        *dy.stride()[:2], *dx.stride()[:2], **shape, **packed, N=tile.N, ROWS=tile.MIX, BACKWARD=True,
-        STAGES=tile.stages,
-    )  # fmt: skip
-    shape.update(N=tile.N, ROWS=tile.ROWS, STAGES=tile.stages)
-    dCB = x.new_empty(b, chunks, g, tile.Q, tile.Q)
-    rows, diagonal, outflow, inflow = small(4, b, h, chunks * tile.Q)
-    columns = small(blocks, b, h, chunks * tile.Q)
-    _pairs[chunks * blocks, g, b](
-        C, B, x, dy, acs, step, seq_idx, dCB, rows, columns, diagonal, l, h, chunks, *C.stride()[:2], *B.stride()[:2],
-        *x.stride()[:2], *dy.stride()[:2], **shape, **packed,
-    )  # fmt: skip
-    _gather[chunks * blocks, g, b](
-        dy, states, since, None, C, B, dCB, dC, outflow, l, h, chunks, *dy.stride()[:2], *C.stride()[:2],
-        *B.stride()[:2], *dC.stride()[:2], **shape, KEYS=False, maxnreg=tile.registers,
-    )  # fmt: skip
-    _gather[chunks * blocks, g, b](
-        x, dstates, until, step, B, C, dCB, dB, inflow, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
-        *C.stride()[:2], *dB.stride()[:2], **shape, KEYS=True, maxnreg=tile.registers,
-    )  # fmt: skip
-    sums = small(2, b, chunks, h)
-    _finish[chunks, h, b](
-        dt, dt_bias, A, step, rows, columns, outflow, inflow, cross, ddt, *sums, l, h, chunks, *dt.stride()[:2],
-        *ddt.stride()[:2], *limit, Q=tile.Q, BLOCKS=blocks, PARTS=parts, SOFTPLUS=dt_bias is not None, num_warps=1,
-    )  # fmt: skip
-    dA, dbias = sums.sum((1, 2))
-    dbias = None if dt_bias is None else dbias.to(dt_bias.dtype)
-    return dA.to(A.dtype), diagonal.sum((0, 2)).to(D.dtype), dinitial, dbias
+    for name, t, want in (
+        ("dt", dt, (b, l, h)), ("A", A, (h,)), ("B", B, (b, l, g, n)), ("C", C, (b, l, g, n)), ("D", D, (h,)),
+        ("dt_bias", dt_bias, (h,)), ("seq_idx", seq_idx, (b, l)), ("initial_state", initial_state, (b, h, p, n)),
+    ):  # fmt: skip
+        if t is not None and t.shape != want:
+            raise ValueError(f"{name} must have shape {want} beside x {tuple(x.shape)}; got {tuple(t.shape)}")

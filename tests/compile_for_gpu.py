@@ -23,9 +23,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels import ssd
+from kernels.cross_entropy import cross_entropy_
 from mamba2 import Mamba2Mixer
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 DONE = set()
 
 
@@ -79,3 +87,6 @@ if __name__ == "__main__":
     ssd.shared_memory = lambda device: shared
     layer(128, 80, 8, 128, torch.bfloat16, packed=False)  # the released models' layer
     layer(16, 64, 2, 64, torch.bfloat16, packed=True)
+    meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
+    tokens = meta(64, dtype=torch.int64), meta(64, dtype=torch.bool)
+    cross_entropy_(meta(64, 131072, dtype=torch.bfloat16), *tokens)

@@ -12,7 +12,9 @@ pytest.importorskip("triton", reason="the Triton kernels need triton: pip instal
 
 KERNELS = {
     "conv1d": {"_forward", "_backward"}, "norm": {"_forward", "_backward"}, "decode": {"_mixer_step"},
-    "ssd": {"_decays", "_walk", "_mix", "_pairs", "_gather", "_finish"},
+    "cross_entropy": {"_rows"},
+    "ssd": {"_decays", "_walk", "_mix"},
+    "ssd_backward": {"_pairs", "_gather", "_finish"},
 }  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def gradients(form, given, seq_idx, limit, which=("y", "S"), seed=1):
 def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("y", "S")):
     """Relative errors of all results against float64, each below `tolerance`."""
     want = gradients(recurrent, [None if t is None else t.double() for t in given], seq_idx, limit, which)
-    got = gradients(triton, [None if t is None else t.to(DEVICE) for t in given], seq_idx, limit, which)
+    ids = None if seq_idx is None else seq_idx.to(DEVICE)
+    got = gradients(triton, [None if t is None else t.to(DEVICE) for t in given], ids, limit, which)
     for name, a, b in zip(["y", "final state"] + NAMES, got, want):
         if b is None:
             assert a is None or not a.any(), name
@@ -69,9 +70,9 @@ def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Chunks of 16, so that a short row has many."""
-    power = fast.triton.next_power_of_2
-    cut = lambda p, n, dtype, shared: fast.Tiles(16, max(16, power(p)), max(16, power(n)), 16, 16, 16)
+    """Chunks of 32 in two blocks, so that a short row has many."""
+    real = fast.tiles
+    cut = lambda p, n, dtype, shared: real(p, n, dtype, shared)._replace(Q=32, WALK=16, BLOCK=16)
     monkeypatch.setattr(fast, "tiles", cut)
 
 

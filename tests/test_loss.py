@@ -1,5 +1,7 @@
 """loss.py: the sliced loss is the plain one."""
 
+import sys
+
 import pytest
 import torch
 
@@ -79,3 +81,69 @@ def test_memory_on_a_gpu():
         total, _ = next_token_loss(x, weight, targets, torch.ones_like(targets, dtype=torch.bool))
     total.backward()
     assert torch.cuda.max_memory_allocated() - before < 1.5e9  # all logits in float32 are 2.1e9
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("size", [None, 40, 40 * 4])  # all tokens at once, one, four
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_takes_the_same_slices(dtype, size):
+    """Its slices hold logits and gradients in the products' dtype; the plain form rounds at the same places."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 16, device=DEVICE).to(dtype), torch.randn(40, 16, device=DEVICE).to(dtype)
+    targets, learned = torch.randint(0, 40, (2, 9), device=DEVICE), torch.rand(2, 9, device=DEVICE) < 0.6
+    results = []
+    for form in (plain_loss, lambda *a: sliced_loss(*a, impl="triton", size=size)):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        total, nll = form(*leaves, targets, learned)
+        (3 * total).backward()
+        results.append((total.detach(), nll, *(t.grad for t in leaves)))
+    for name, a, b in zip(("total", "nll", "dx", "dweight"), *results):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        limit = 1e-5 if dtype == torch.float32 or name in ("total", "nll") else 2e-3
+        assert (a - b).float().norm() <= limit * a.float().norm(), name
+
+
+def test_torch_never_runs_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels.cross_entropy", None)  # importing it now is an ImportError
+    monkeypatch.delattr("kernels.cross_entropy", raising=False)
+    x, weight = torch.randn(1, 4, 8), torch.randn(16, 8)
+    targets, learned = torch.randint(0, 16, (1, 4)), torch.ones(1, 4, dtype=torch.bool)
+    total, _ = sliced_loss(x, weight, targets, learned)
+    assert torch.allclose(total, plain_loss(x, weight, targets, learned)[0])
+    with pytest.raises(ImportError):
+        sliced_loss(x, weight, targets, learned, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_gradients_of_bfloat16_products_on_a_gpu(impl):
+    """Several slices, each added to the weight's gradient; against float64. bfloat16 rounds logits and gradients."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 4096, 512, device="cuda"), 0.05 * torch.randn(32768, 512, device="cuda")
+    targets, learned = torch.randint(0, 32768, (1, 4096), device="cuda"), torch.rand(1, 4096, device="cuda") < 0.6
+    grads = []
+    for form, dtype in ((plain_loss, torch.float64), (lambda *a: sliced_loss(*a, impl=impl, size=2**25), None)):
+        leaves = [t.to(dtype or t.dtype).requires_grad_() for t in (x, weight)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+            total, _ = form(*leaves, targets, learned)
+        total.backward()
+        grads.append([t.grad for t in leaves])
+    for a, b in zip(*grads):
+        assert (a - b).norm() < 2e-2 * a.norm()
+
+
+@pytest.mark.gpu
+def test_triton_needs_no_more_than_its_slice():
+    x = torch.randn(1, 16384, 256, device="cuda", requires_grad=True)
+    weight = torch.randn(32768, 256, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 32768, (1, 16384), device="cuda")
+    learned = torch.ones_like(targets, dtype=torch.bool)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        total, _ = next_token_loss(x, weight, targets, learned, impl="triton")
+    total.backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.6e9  # a slice is 0.27e9, all logits in bfloat16 1.07e9
