@@ -88,6 +88,7 @@ class _Slices(torch.autograd.Function):
                     d = logits.to(dtype)
                     dx[part] = d @ head
                     _add_product(dweight, d.t(), features)
+                    del logits, d  # before the next slice is made
         if gradients:
             ctx.save_for_backward(dx, dweight)
             ctx.weight_dtype = weight.dtype

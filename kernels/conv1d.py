@@ -36,6 +36,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 ROWS = 4  # tokens in a group
+RUN = 64  # tokens a program walks in the forward: it begins quickly, and there is no last wave to wait for
 
 
 @triton.jit
@@ -239,8 +240,9 @@ def _backward(
 
 @functools.lru_cache
 def run_length(b, l, strips, slots):
-    """Tokens a program walks, when `slots` programs run at once. The card works in waves of that many programs; a
-    program costs its tokens and some 16 more to begin. Short runs balance the last wave, long runs begin less often."""
+    """Tokens a program walks in the backward, when `slots` programs run at once. The card works in waves of that many
+    programs; a program costs its tokens and some 16 more to begin. Short runs balance the last wave, long runs begin
+    less often."""
 
     def cost(n):  # n runs in a row
         return -(-b * strips * n // slots) * (l / n + 16)
@@ -249,18 +251,18 @@ def run_length(b, l, strips, slots):
     return -(-l // (n * ROWS)) * ROWS
 
 
-def _plan(x, k, per_thread):
-    """Grid, run, strip and launch options, for `per_thread` neighbouring channels a thread.
+def _plan(x, k, run=None):
+    """Grid, run, strip and launch options, for 4 neighbouring channels a thread.
 
-    Both kernels then need close to 128 registers a thread (some 165 in the float32 backward), and a multiprocessor has
-    65,536: 16 warps (12) at once, each with a group of loads on its way, 24 KB or more. More channels a thread would
-    spill; fewer would spend more instructions on addresses."""
+    Both kernels then need up to 128 registers a thread (some 165 in the float32 backward), and a multiprocessor has
+    65,536: 16 warps (12) at once, each with a group of loads on its way, 16 KB or more. More channels a thread would
+    spill or leave fewer warps; fewer would spend more instructions on addresses."""
     b, l, channels = x.shape
-    block = min(128 * per_thread, triton.next_power_of_2(channels))
-    warps = max(block // (32 * per_thread), 1)
+    block = min(512, triton.next_power_of_2(channels))
+    warps = max(block // 128, 1)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
     strips = triton.cdiv(channels, block)
-    run = run_length(b, l, strips, multiprocessors * (16 if x.itemsize == 2 else 12) // warps)
+    run = run or run_length(b, l, strips, multiprocessors * (16 if x.itemsize == 2 else 12) // warps)
     run = max(run, triton.cdiv(k - 1, ROWS) * ROWS)  # so that the k-1 rows before a run are of one other run
     return (strips, triton.cdiv(l, run), b), run, dict(k=k, ROWS=ROWS, BLOCK=block, num_warps=warps, num_stages=1)
 
@@ -269,7 +271,9 @@ def forward(x, weight, bias, window, ids):
     """y (b, l, channels). x needs a last stride of 1; the others contiguous, weight (channels, 1, k)."""
     (b, l, channels), k = x.shape, weight.shape[-1]
     y = torch.empty(b, l, channels, dtype=x.dtype, device=x.device)
-    grid, run, options = _plan(x, k, 16 // x.itemsize)  # the widest load is 16 bytes
+    grid, run, options = _plan(
+        x, k, run=64
+    )  # short runs: a program begins quickly, and there is no last wave to wait for
     _forward[grid](x, weight, bias, window, ids, y, *x.stride()[:2], l, channels, run, **options)
     return y
 
@@ -281,7 +285,7 @@ def backward(dy, x, weight, bias, window, ids, dx=None):
     (b, l, channels), k = x.shape, weight.shape[-1]
     dx = torch.empty(b, l, channels, dtype=x.dtype, device=x.device) if dx is None else dx
     dwindow = None if window is None else torch.empty_like(window)
-    grid, run, options = _plan(x, k, 4)  # 16 float32 stay for each channel: taps, sums, past and unfinished rows
+    grid, run, options = _plan(x, k)  # long runs: every one of them writes k+1 rows of sums
     sums = torch.empty(b * grid[1], k + 1, channels, dtype=torch.float32, device=x.device)
     strides = *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2]
     _backward[grid](x, dy, weight, bias, window, ids, dx, dwindow, sums, *strides, l, channels, run, **options)

@@ -36,8 +36,28 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 APART = 32  # int32 between two counts: each in a cache line of its own, or their atomics would queue up
+
+
+@triton.jit
+def _prefetch(at, BYTES: tl.constexpr):
+    """Ask the L2 for BYTES from the pointer `at` on. A hint, right even while somebody still writes there."""
+    if BYTES >= 16:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred one;
+            .reg .b32 me;
+            .reg .b64 from;
+            mov.u32 me, %tid.x;
+            setp.eq.u32 one, me, 0;
+            and.b64 from, $1, -16;
+            @one cp.async.bulk.prefetch.L2.global [from], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r", [at.to(tl.int64), BYTES // 16 * 16], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -73,57 +93,85 @@ def _mixer_step(
     zxbcdt, window, ssm, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, v_scratch, result, count,
     row_stride, eps, dt_low, dt_high,
     h: tl.constexpr, p: tl.constexpr, g: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
-    TILE: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, APART: tl.constexpr,
+    SHARE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr,
+    GROUP: tl.constexpr, APART: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (p tiles, h, b). Powers of two that cover: TILE some of p, N all of n, TAPS k, GROUP a group's channels."""
-    tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Grid (parts of p, h, b); a program has SHARE rows of one head. Powers of two that cover: FIRST and SECOND (or 0)
+    together SHARE, N all of n, TAPS k, GROUP a group's channels. DEPENDENT: started before the launch before it has
+    ended."""
+    PIECES: tl.constexpr = 2 if SECOND else 1  # the rows in one tile or two
+    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     inner: tl.constexpr = h * p
     channels: tl.constexpr = inner + 2 * g * n
     width: tl.constexpr = inner // g  # channels of one group
     group = head // (h // g)
+    first = head * p + part * SHARE  # channel of the first row
+    ssm += row * (inner * n)
+    window += row * ((k - 1) * channels)
+    at_B = inner + group * n
 
-    # 1. All loads, the state's first. A compiler likes to move loads to where they are used, and then they wait for
+    # 1. What can be done before the launch before this one has ended: ask the L2 for what certainly comes from memory.
+    if DEPENDENT:
+        if (tl.program_id(2) * h + head) * tl.num_programs(0) + part < 1188:  # 9 a multiprocessor; others start late
+            number: tl.constexpr = conv_weight.dtype.element_ty.primitive_bitwidth // 8
+            if p % SHARE == 0:
+                _prefetch(ssm + first * n, SHARE * n * 4)
+                _prefetch(conv_weight + first * k, SHARE * k * number)
+            _prefetch(conv_weight + at_B * k, n * k * number)
+            _prefetch(conv_weight + (at_B + g * n) * k, n * k * number)
+            for tap in tl.static_range(k - 1):
+                _prefetch(window + tap * channels + at_B, n * (window.dtype.element_ty.primitive_bitwidth // 8))
+                _prefetch(window + tap * channels + at_B + g * n, n * (window.dtype.element_ty.primitive_bitwidth // 8))
+        gdc_wait()  # nothing that a launch writes is read, and nothing is written, before this
+        gdc_launch_dependents()
+
+    # 2. All loads, the state's first. A compiler likes to move loads to where they are used, and then they wait for
     #    each other, a trip to memory each time; across a barrier it does not move them.
-    rows, columns = tile * TILE + tl.arange(0, TILE), tl.arange(0, N)
-    in_p = rows < p if p % TILE else tl.full((TILE,), True, tl.int1)  # no mask where none is needed
+    columns = tl.arange(0, N)
     in_n = columns < n
-    in_state = in_p[:, None] & in_n[None, :]
-    piece = tl.arange(0, TILE)[:, None] * n + columns[None, :]
-    state = ssm + row * (inner * n) + (head * p + tile * TILE) * n + piece
-    S = tl.load(state, mask=in_state, other=0.0)  # (TILE, N)
+    S, states, insides, channel = (), (), (), ()
+    for i in tl.static_range(PIECES):
+        rows = i * FIRST + tl.arange(0, SECOND if i else FIRST)
+        in_p = tl.full(rows.shape, True, tl.int1)
+        if p % SHARE or SHARE < FIRST + SECOND:  # no mask where none is needed
+            in_p = (rows < SHARE) & (part * SHARE + rows < p)
+        own = first + rows
+        states = states + (ssm + own[:, None] * n + columns[None, :],)
+        insides, channel = insides + (in_p,), channel + (own,)
+        S = S + (tl.load(states[i], mask=in_p[:, None] & in_n[None, :], other=0.0),)  # (rows, N)
     tl.debug_barrier()
 
     zxbcdt += row * row_stride  # z | x | B | C | dt
-    window += row * ((k - 1) * channels)
     new = zxbcdt + inner
-    at_x = head * p + rows
-    z = tl.load(zxbcdt + at_x, mask=in_p, other=0.0)
-    tap, here = tl.arange(0, TAPS)[:, None], at_x[None, :]  # a few channels, so x has its taps side by side
-    in_x = in_p[None, :] & (tap < k)
-    x_old = tl.load(window + tap * channels + here, mask=in_x & (tap < k - 1), other=0.0)  # (TAPS, TILE)
-    x_new = tl.load(new + here + 0 * tap, mask=in_x & (tap == k - 1), other=0.0)
-    x_weight = tl.load(conv_weight + here * k + tap, mask=in_x, other=0.0)
+    tap = tl.arange(0, TAPS)[:, None]  # a few channels, so x has its taps side by side
+    z, x_in, x_weight, x_bias = (), (), (), ()
+    for i in tl.static_range(PIECES):
+        here, in_x = channel[i][None, :], insides[i][None, :] & (tap < k)
+        z = z + (tl.load(zxbcdt + channel[i], mask=insides[i], other=0.0),)
+        x_old = tl.load(window + tap * channels + here, mask=in_x & (tap < k - 1), other=0.0)  # (TAPS, rows)
+        x_new = tl.load(new + here + 0 * tap, mask=in_x & (tap == k - 1), other=0.0)
+        x_in = x_in + (tl.where(tap == k - 1, x_new, x_old),)
+        x_weight = x_weight + (tl.load(conv_weight + here * k + tap, mask=in_x, other=0.0),)
+        if conv_bias is not None:
+            x_bias = x_bias + (tl.load(conv_bias + channel[i], mask=insides[i], other=0.0),)
+        else:
+            x_bias = x_bias + (tl.zeros(channel[i].shape, tl.float32),)
 
-    at_B = inner + group * n + columns
-    new_B, window_B, weight_B = new + at_B, window + at_B, conv_weight + at_B * k
-    x_bias, bias_B, bias_C = tl.zeros((TILE,), tl.float32), None, None
+    new_B, window_B, weight_B = new + at_B + columns, window + at_B + columns, conv_weight + (at_B + columns) * k
+    bias_B, bias_C = None, None
     if conv_bias is not None:
-        x_bias, bias_B = tl.load(conv_bias + at_x, mask=in_p, other=0.0), conv_bias + at_B
+        bias_B = conv_bias + at_B + columns
         bias_C = bias_B + g * n
     B_in, B_weight, B_bias = _load_taps(new_B, window_B, weight_B, bias_B, in_n, channels, k)
     C_in, C_weight, C_bias = _load_taps(
         new_B + g * n, window_B + g * n, weight_B + g * n * k, bias_C, in_n, channels, k
     )
     raw, raw_bias = tl.load(new + channels + head), tl.load(dt_bias + head)
-    log_A, skip = tl.load(A_log + head), tl.load(D + head)
+    log_A, skip = tl.load(A_log + head), tl.load(D + head).to(tl.float32)
     tl.debug_barrier()
 
-    # 2. The convolutions and the step size.
+    # 3. The convolutions of B and C, and the step size.
     B, C = _convolve(B_in, B_weight, B_bias, k), _convolve(C_in, C_weight, C_bias, k)  # (N,)
-    x_in = tl.where(tap == k - 1, x_new, x_old)
-    x = tl.sum(x_in.to(tl.float32) * x_weight.to(tl.float32), 0) + x_bias.to(tl.float32)
-    x = x * tl.sigmoid(x)  # (TILE,)
-
     raw = raw.to(tl.float32) + raw_bias.to(tl.float32)
     e = tl.exp(tl.minimum(raw, 20.0))
     u = 1.0 + e  # has rounded; what it lost is put back to first order
@@ -131,28 +179,39 @@ def _mixer_step(
     dt = tl.where(dt < dt_low, dt_low, tl.where(dt > dt_high, dt_high, dt))
     fade = tl.exp(-dt * tl.exp(log_A.to(tl.float32)))
 
-    # 3. Fade, write, read, skip, gate.
-    z = z.to(tl.float32)
-    gate = z * tl.sigmoid(z)
-    S = S * fade + (dt * x)[:, None] * B[None, :]
-    v = (tl.sum(S * C[None, :], 1) + skip.to(tl.float32) * x) * gate  # (TILE,)
-    tl.store(v_scratch + row * inner + at_x, v, mask=in_p)
-    tl.store(state, S, mask=in_state)
+    # 4. A tile at a time: convolve x; fade, write, read, skip, gate.
+    for i in tl.static_range(PIECES):
+        x = tl.sum(x_in[i].to(tl.float32) * x_weight[i].to(tl.float32), 0) + x_bias[i].to(tl.float32)
+        x = x * tl.sigmoid(x)  # (rows,)
+        gate = z[i].to(tl.float32)
+        gate = gate * tl.sigmoid(gate)
+        T = S[i] * fade + (dt * x)[:, None] * B[None, :]
+        v = (tl.sum(T * C[None, :], 1) + skip * x) * gate
+        tl.store(v_scratch + row * inner + channel[i], v, mask=insides[i])
+        tl.store(states[i], T, mask=insides[i][:, None] & in_n[None, :])
 
     tl.debug_barrier()  # every thread has stored its v, and read its window
     counter = count + (row * g + group) * APART
     before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    tl.store(window + (tap - 1) * channels + here, x_in, mask=in_x & (tap > 0))
+    for i in tl.static_range(PIECES):
+        in_x = insides[i][None, :] & (tap < k) & (tap > 0)
+        tl.store(window + (tap - 1) * channels + channel[i][None, :], x_in[i], mask=in_x)
     if before == tl.num_programs(0) * (h // g) - 1:  # the last program of this row and group
         c = tl.arange(0, GROUP)
-        at = row * inner + group * width + c
-        all_v = tl.load(v_scratch + at, mask=c < width, other=0.0, cache_modifier=".cg")
+        out = row * inner + group * width + c
+        all_v = tl.load(v_scratch + out, mask=c < width, other=0.0, cache_modifier=".cg")
         weight = tl.load(norm_weight + group * width + c, mask=c < width, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(all_v * all_v) / width + eps)
-        tl.store(result + at, all_v * scale * weight, mask=c < width)
+        tl.store(result + out, all_v * scale * weight, mask=c < width)
         _shift(window_B, B_in, in_n, channels, k)
         _shift(window_B + g * n, C_in, in_n, channels, k)
         tl.store(counter, 0)
+
+
+@functools.cache
+def _dependent(device):
+    """Whether launches there may start before the one before has ended: Hopper and newer, and not the interpreter."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
@@ -212,16 +271,19 @@ def mixer_step(
     if b == 0:
         return result
     v = torch.empty(b, inner, dtype=torch.float32, device=zxbcdt.device)
-    # A thread holds 32 numbers of the state, so eight 16-byte loads are on their way before it does anything else; two
-    # warps make a piece of 8 KB. At h 128, p 80, n 128 that is 640 programs a row, which 132 multiprocessors take at
-    # once: 40 KB each on their way. Larger pieces would leave some idle, smaller ones repeat B and C more often.
-    # The limit of 128 registers is a promise: without it the compiler saves registers by loading late.
+    # 4 warps hold 20 KB of state (40 numbers a thread): at h 128, p 80, n 128 half a head. With at most 96 registers
+    # a thread 5 programs share a multiprocessor, and 100 KB are on their way. Whole heads leave fewer programs than a
+    # card has room for; quarters repeat B and C more often.
     N = triton.next_power_of_2(n)
-    tile = min(max(2048 // N, 1), triton.next_power_of_2(p))
-    _mixer_step[triton.cdiv(p, tile), h, b](
+    share = triton.cdiv(p, triton.cdiv(p * N, 5120))
+    first = triton.next_power_of_2(share + 1) // 2
+    second = triton.next_power_of_2(share - first) if share > first else 0
+    dependent = _dependent(zxbcdt.device)
+    _mixer_step[triton.cdiv(p, share), h, b](
         zxbcdt, window, ssm, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, v, result,
         _counts(zxbcdt.device, b * g), zxbcdt.stride(0), float(eps), *map(float, time_step_limit),
-        h=h, p=p, g=g, n=n, k=k, TILE=tile, N=N, TAPS=triton.next_power_of_2(k),
-        GROUP=triton.next_power_of_2(inner // g), APART=APART, num_warps=max(tile * N // 1024, 1), maxnreg=128,
+        h=h, p=p, g=g, n=n, k=k, SHARE=share, FIRST=first, SECOND=second, N=N, TAPS=triton.next_power_of_2(k),
+        GROUP=triton.next_power_of_2(inner // g), APART=APART, DEPENDENT=dependent, num_warps=4, maxnreg=96,
+        **(dict(launch_pdl=True) if dependent else {}),
     )  # fmt: skip
     return result

@@ -172,9 +172,12 @@ def scan_backward(saved, limit, dy, dfinal, dx, ddt, dB, dC):
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
     dstates, dinitial, cross = torch.empty_like(states), small(b, h, p, n), small(b, h, chunks, n)
+    walk = shape | dict(N=tile.WALK)
+    if tile.REST:  # it also loads the states: with a third stage two programs would not fit on a multiprocessor
+        walk["STAGES"] = min(2, tile.stages)
     _walk[h, b, tile.N // tile.WALK](
         dy, C, vectors, fade, dfinal, dstates, dinitial, states, cross, l, h, chunks, *dy.stride()[:2],
-        *C.stride()[:2], **shape, N=tile.WALK, REVERSE=True, START=dfinal is not None, num_warps=4,
+        *C.stride()[:2], **walk, REVERSE=True, START=dfinal is not None, num_warps=4,
     )  # fmt: skip
     shape["N"] = tile.N
     _mix[chunks, g, b](

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import ssd
+from kernels import decode, ssd
 from kernels.cross_entropy import cross_entropy_
 from mamba2 import Mamba2Mixer
 
@@ -85,6 +85,7 @@ if __name__ == "__main__":
     TARGET = GPUTarget("cuda", capability, 32)
     JITFunction.run = compile_launch
     ssd.shared_memory = lambda device: shared
+    decode._dependent = lambda device: capability >= 90
     layer(128, 80, 8, 128, torch.bfloat16, packed=False)  # the released models' layer
     layer(16, 64, 2, 64, torch.bfloat16, packed=True)
     meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")

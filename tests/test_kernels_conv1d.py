@@ -110,6 +110,7 @@ def test_a_hundred_random_cases(monkeypatch):
     for seed in range(100):
         run = pick(4, 8, 12)
         monkeypatch.setattr(conv1d, "run_length", lambda *_, run=run: run)
+        monkeypatch.setattr(conv1d, "RUN", run)
         inputs, (dy, dnew) = case(
             pick(1, 1, 2), pick(*range(1, 9), 13), pick(1, 5, 16, 33), pick(2, 3, 4, 4, 4, 7),
             pick(torch.float32, torch.float16, torch.bfloat16), pick(True, False), pick(True, False), pick(True, False),
@@ -128,6 +129,7 @@ def test_a_hundred_random_cases(monkeypatch):
 def test_no_value_and_no_gradient_crosses_a_document_edge(lengths, monkeypatch):
     """Each document by itself gives the same numbers as all of them in one row."""
     monkeypatch.setattr(conv1d, "run_length", lambda *_: 8)
+    monkeypatch.setattr(conv1d, "RUN", 8)
     (x, weight, bias, _, _), (dy, dnew) = case(1, sum(lengths), 20, 4, window=False)
     ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(DEVICE)
     y, new, dx, dweight, dbias = results(conv1d.causal_conv1d, [x, weight, bias, None, ids], [dy, dnew])

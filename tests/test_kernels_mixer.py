@@ -110,6 +110,7 @@ def test_impl_is_chosen_with_a_reason(monkeypatch):
         device.choose_impl("triton", cpu)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert device.choose_impl("triton", cpu) == ("triton", "asked for")
+    assert device.choose_impl("auto", cpu)[0] == "torch"  # the interpreter is for looking, not for working
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert device.choose_impl("auto", cpu) == ("torch", "the package triton is not installed")
     gpu = torch.device("cuda")
@@ -118,6 +119,8 @@ def test_impl_is_chosen_with_a_reason(monkeypatch):
     assert device.choose_impl("auto", gpu)[0] == "torch"
     with pytest.raises(ValueError, match="8.0 or newer"):
         device.choose_impl("triton", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert device.choose_impl("auto", gpu)[0] == "triton" and device.choose_impl("torch", gpu)[0] == "torch"
 
 
 def test_loss_of_a_step_is_finite_in_bfloat16():
