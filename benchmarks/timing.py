@@ -91,11 +91,13 @@ class Bench:
         }
 
     def once(self, run, clears):
-        """The marks before and after one run: CUDA events, or the clock's time."""
+        """The marks before and after one run: CUDA events, or the clock's time. The GPU begins empty: else who comes
+        after a slow contestant would have all its launches ready, and who comes after a quick one would not."""
         if not self.cuda:
             start = time.perf_counter()
             run()
             return start, time.perf_counter()
+        self.sync()
         for _ in range(clears):
             self.wipe.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -73,7 +73,8 @@ def name_kernels():
 
     for module in (conv1d, cross_entropy, decode, norm, ssd, ssd_backward):
         for name, kernel in vars(module).items():
-            if isinstance(kernel, JITFunction):  # not so in the interpreter, which compiles nothing
+            # not so in the interpreter, which compiles nothing; and some files use another's kernels
+            if isinstance(kernel, JITFunction) and kernel.fn.__module__ == module.__name__:
                 full = f"{module.__name__.rpartition('.')[2]}_{name.lstrip('_')}"
                 kernel._repr = lambda _, full=full: full
 

