@@ -58,8 +58,10 @@ def choose_dtype(wish, device):
     return torch.float32, "this CPU has no bfloat16 matrix unit (AMX)"
 
 
-def choose_impl(wish, device):
-    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections, and the loss."""
+def choose_impl(wish, device, compiled_width=None):
+    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections, and the loss.
+
+    compiled_width: the layers' inner width, mamba_num_heads * mamba_head_dim, if torch.compile will see the model."""
     if wish not in ("auto", "torch", "triton"):
         raise ValueError(f"--impl {wish!r} is not one of auto, torch, triton")
     if wish == "torch":
@@ -73,8 +75,10 @@ def choose_impl(wish, device):
         missing = "Triton's kernels are made for compute capability 8.0 or newer"
     elif wish == "triton":
         return "triton", "asked for"
+    elif device.type == "cuda" and compiled_width and compiled_width < 1024:
+        missing = f"layers of {compiled_width} channels are faster as torch.compile writes them"
     elif device.type == "cuda":
-        return "triton", "on this GPU the kernels are faster; the first step takes some 15 s longer, to compile them"
+        return "triton", "on this GPU the kernels are faster; the first step takes some 12 s longer, to compile them"
     else:
         missing = "the interpreter that TRITON_INTERPRET=1 asks for is slow: --impl triton takes it"
     if wish == "triton":

@@ -217,8 +217,10 @@ class Run:
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device, device_reason = choose_device(config.device)
         dtype, dtype_reason = choose_dtype(config.dtype, self.device)
-        impl, impl_reason = choose_impl(config.impl, self.device)
         self.config = config = fill_in(config, self.device)
+        compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        width = PRESETS[config.preset].mamba_inner if compiled else None
+        impl, impl_reason = choose_impl(config.impl, self.device, width)
         if config.batch_rows % (self.world * config.accumulate):
             raise ValueError(
                 f"--batch-rows {config.batch_rows} cannot be split over {self.world} processes times "
@@ -242,7 +244,6 @@ class Run:
                 f"{self.device} has {room_gib(self.device):.1f} GiB: choose a smaller preset"
             )
         self.tokens = config.batch_rows * config.length
-        compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         self.say(
             f"device    {self.device} ({device_reason}{threads}); processes: {self.world}; torch {torch.__version__}"

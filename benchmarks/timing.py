@@ -6,6 +6,7 @@ its package asks for one).
 
 import importlib
 import importlib.util
+import math
 import os
 import re
 import statistics
@@ -65,14 +66,16 @@ class Bench:
     def race(self, contestants, failed=None, clears=1):
         """Milliseconds of each contestant, a function of no arguments, by taking turns: {"ms": {name: median},
         "spread": {name: relative}, "failed": {name: reason}}. Everything is measured twice; the spread is between the
-        two. Before each run the L2 cache is filled with something else, `clears` times: that takes the GPU 0.1 ms, in
-        which the CPU launches ahead, and short kernels need more of it."""
+        two. Before each run the L2 cache is filled with something else, `clears` times or as often as keeps the GPU
+        busy until the slowest contestant's kernels are all launched: what is measured is the GPU's time."""
         failed = dict(failed or {})
         for name, run in contestants.items():
             for _ in range(3 if self.cuda else 1):  # compiling, tuning, finding memory
                 if name not in failed:
                     self.attempt(run, failed, name)
         running = {name: run for name, run in contestants.items() if name not in failed}
+        if clears:
+            clears = max(clears, *(math.ceil(self.launching(run) / 1e-4) for run in running.values()), 1)
         rounds = [{name: [] for name in running} for _ in range(2)]
         for marks in rounds:
             for _ in range(self.repeats):
@@ -90,9 +93,22 @@ class Bench:
             "failed": failed,
         }
 
+    def launching(self, run):
+        """Seconds that the CPU takes to launch a run; 0 without a GPU."""
+        if not self.cuda:
+            return 0.0
+        seconds = []
+        for _ in range(3):
+            self.sync()
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        self.sync()
+        return min(seconds)
+
     def once(self, run, clears):
-        """The marks before and after one run: CUDA events, or the clock's time. The GPU begins empty: else who comes
-        after a slow contestant would have all its launches ready, and who comes after a quick one would not."""
+        """The marks before and after one run: CUDA events, or the clock's time. The GPU begins empty, so that nobody
+        profits from whoever came before."""
         if not self.cuda:
             start = time.perf_counter()
             run()

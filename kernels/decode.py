@@ -9,9 +9,12 @@ The plain version (`Mamba2Mixer.forward` with l = 1) is a dozen launches and mor
 kernel takes; and its fade, its write and its read are a pass over the state each.
 
 The plan. The rows p of the state are independent: channel p of a head is S[p] = fade S[p] + (dt x[p]) B, then
-y[p] = S[p] . C. So a program takes TILE channels of one head, holds their rows in registers, and reads and writes them
+y[p] = S[p] . C. So a program takes SHARE channels of one head, holds their rows in registers, and reads and writes them
 once:
 
+- at one row the work is over before a kernel has properly begun. On Hopper a launch may start while the one before it
+  still runs (programmatic dependent launch): each program first asks the L2 cache for its state and weights, which is
+  right even if somebody still writes them, and only then waits for the launches before this one;
 - the state is loaded first, so that its trip to memory hides all that does not need it: the convolution of the
   program's own x, and of the group's B and C, which all programs of a group repeat (a few KB from the L2; handing them
   over from another launch would cost more);

@@ -121,6 +121,8 @@ def test_impl_is_chosen_with_a_reason(monkeypatch):
         device.choose_impl("triton", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert device.choose_impl("auto", gpu)[0] == "triton" and device.choose_impl("torch", gpu)[0] == "torch"
+    assert device.choose_impl("auto", gpu, compiled_width=3072)[0] == "triton"
+    assert device.choose_impl("auto", gpu, compiled_width=512)[0] == "torch"  # measured: RESULTS.md
 
 
 def test_loss_of_a_step_is_finite_in_bfloat16():
