@@ -58,10 +58,9 @@ def choose_dtype(wish, device):
     return torch.float32, "this CPU has no bfloat16 matrix unit (AMX)"
 
 
-def choose_impl(wish, device, compiled_width=None):
-    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections, and the loss.
-
-    compiled_width: the layers' inner width, mamba_num_heads * mamba_head_dim, if torch.compile will see the model."""
+def choose_impl(wish, device, config=None, compiled=False):
+    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections, and the loss, of a
+    model with this ModelConfig; compiled: torch.compile will see the model."""
     if wish not in ("auto", "torch", "triton"):
         raise ValueError(f"--impl {wish!r} is not one of auto, torch, triton")
     if wish == "torch":
@@ -73,12 +72,17 @@ def choose_impl(wish, device, compiled_width=None):
         missing = "Triton needs a GPU (or TRITON_INTERPRET=1, to step through the kernels on a CPU)"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         missing = "Triton's kernels are made for compute capability 8.0 or newer"
+    elif config and (config.mamba_head_dim > 128 or config.ssm_state_size > 256 or not 2 <= config.conv_kernel <= 4):
+        missing = (
+            f"its kernels hold head_dim up to 128, states up to 256 and 2 to 4 taps; this model has "
+            f"{config.mamba_head_dim}, {config.ssm_state_size} and {config.conv_kernel}"
+        )
     elif wish == "triton":
         return "triton", "asked for"
-    elif device.type == "cuda" and compiled_width and compiled_width < 1024:
-        missing = f"layers of {compiled_width} channels are faster as torch.compile writes them"
+    elif device.type == "cuda" and compiled and config and config.mamba_inner < 1024:
+        missing = f"layers of {config.mamba_inner} channels were faster as torch.compile writes them, on an H200"
     elif device.type == "cuda":
-        return "triton", "on this GPU the kernels are faster; the first step takes some 12 s longer, to compile them"
+        return "triton", "faster, measured on an H200; the first step takes some 12 s longer, to compile the kernels"
     else:
         missing = "the interpreter that TRITON_INTERPRET=1 asks for is slow: --impl triton takes it"
     if wish == "triton":

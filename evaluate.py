@@ -124,9 +124,9 @@ def main(argv=None):
         if args.count < 1 or args.batch < 1:
             raise ValueError(f"--count and --batch must be at least 1; got {args.count} and {args.batch}")
         device, _ = choose_device(args.device)
-        impl, _ = choose_impl(args.impl, device)
+        choose_impl(args.impl, device)  # a wish that cannot be met is said before anything is loaded
         model, tokenizer = load_pretrained(args.checkpoint, device)
-        model.use(impl)
+        model.use(choose_impl(args.impl, device, model.config)[0])
         if tokenizer is None:
             raise ValueError(f"{args.checkpoint} has no tokenizer.json, so no question can be put to the model")
         start = time.time()

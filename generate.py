@@ -418,13 +418,14 @@ def _read_questions(path):
 def _load(args):
     """Device, dtype, model and tokenizer, with the reasons on stderr."""
     device, why_device = choose_device(args.device)
-    impl, why_impl = choose_impl(args.impl, device)
+    choose_impl(args.impl, device)  # a wish that cannot be met is said before anything is loaded
     dtype, why_dtype = getattr(torch, args.dtype, None), "as asked" if args.dtype != "auto" else "as saved"
     if dtype is None and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         dtype, why_dtype = torch.float32, "this GPU has no bfloat16"
     if not Path(args.checkpoint).exists():
         raise ValueError(f"{args.checkpoint} does not exist: train one with `python train.py`, or give --checkpoint")
     model, tokenizer = load_pretrained(args.checkpoint, device, dtype)
+    impl, why_impl = choose_impl(args.impl, device, model.config)
     model.use(impl)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer: copy its tokenizer.json there")

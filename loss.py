@@ -15,6 +15,7 @@ Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989).
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 SLICE = 2**28  # bytes of logits at a time
 
@@ -79,8 +80,9 @@ class _Slices(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=wide) if gradients else None
         with torch.autocast(x.device.type, enabled=False):
             head = weight.to(dtype)
-            for rows in torch.arange(len(x), device="cpu").split(max(1, size // len(weight))):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
+            step = max(1, size // len(weight))
+            for start in range(0, len(x), step):
+                part = slice(start, start + step)
                 features = x[part].to(dtype)
                 logits = (features @ head.t()).to(held)
                 nll[part] = finish(logits, targets[part], learned[part], gradients)
@@ -96,6 +98,7 @@ class _Slices(torch.autograd.Function):
         return (nll * learned).sum(), nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dtotal, _):
         dx, dweight = ctx.saved_tensors
         return dx * dtotal.to(dx.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None, None, None, None

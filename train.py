@@ -219,8 +219,7 @@ class Run:
         dtype, dtype_reason = choose_dtype(config.dtype, self.device)
         self.config = config = fill_in(config, self.device)
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
-        width = PRESETS[config.preset].mamba_inner if compiled else None
-        impl, impl_reason = choose_impl(config.impl, self.device, width)
+        impl, impl_reason = choose_impl(config.impl, self.device, PRESETS[config.preset], compiled)
         if config.batch_rows % (self.world * config.accumulate):
             raise ValueError(
                 f"--batch-rows {config.batch_rows} cannot be split over {self.world} processes times "

@@ -4,6 +4,7 @@ mamba_ssm is no dependency: it is used if Python finds it, compiled or not (its 
 its package asks for one).
 """
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -38,7 +39,7 @@ class Bench:
         self.peers, self.chunks, self.best_chunk = peers or {}, chunks, {}
         self.cuda = self.device.type == "cuda"
         self.large = 6 * L2_BYTES if self.cuda else 0  # what certainly does not stay in the cache
-        self.wipe = torch.empty(2**26, dtype=torch.int32, device=device) if self.cuda else None  # 256 MB
+        self.wipe = torch.empty(2**26, dtype=torch.int32, device=device) if self.cuda else None  # 268 MB
 
     def normal(self, *size, seed=None, dtype=None):
         """Random numbers, each time others; rounded to the bench's dtype unless another is given."""
@@ -74,8 +75,7 @@ class Bench:
                 if name not in failed:
                     self.attempt(run, failed, name)
         running = {name: run for name, run in contestants.items() if name not in failed}
-        if clears:
-            clears = max(clears, *(math.ceil(self.launching(run) / 1e-4) for run in running.values()), 1)
+        clears = max([clears, *(self.wipes_over(run) for run in running.values())])
         rounds = [{name: [] for name in running} for _ in range(2)]
         for marks in rounds:
             for _ in range(self.repeats):
@@ -93,18 +93,30 @@ class Bench:
             "failed": failed,
         }
 
-    def launching(self, run):
-        """Seconds that the CPU takes to launch a run; 0 without a GPU."""
+    def wipes_over(self, run):
+        """How many wipes keep the GPU busy while the CPU launches a run, with half as many again to spare."""
         if not self.cuda:
-            return 0.0
+            return 0
         seconds = []
-        for _ in range(3):
+        for _ in range(5):
             self.sync()
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
         self.sync()
-        return min(seconds)
+        return math.ceil(1.5 * statistics.median(seconds) / self.wipe_seconds())
+
+    @functools.cache  # noqa: B019  (a bench lives as long as its process)
+    def wipe_seconds(self):
+        """Seconds that the GPU takes for one wipe."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.wipe.zero_()
+        start.record()
+        for _ in range(20):
+            self.wipe.zero_()
+        end.record()
+        self.sync()
+        return start.elapsed_time(end) / 20e3
 
     def once(self, run, clears):
         """The marks before and after one run: CUDA events, or the clock's time. The GPU begins empty, so that nobody

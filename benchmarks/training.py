@@ -155,10 +155,10 @@ def run(impl="auto", compile=False, rows=8, length=2048, steps=20, profile=False
     say = say or partial(print, flush=True)
     device, device_reason = choose_device("auto")
     dtype, dtype_reason = choose_dtype("auto", device)
-    impl, impl_reason = choose_impl(impl, device)
     if device.type == "cpu" and not tiny:
         raise ValueError("training measures a 549 M model on a CUDA GPU, and PyTorch sees none: --tiny runs anywhere")
     config = ModelConfig(**(TINY if tiny else HYBRID_549M))
+    impl, impl_reason = choose_impl(impl, device, config, compile)
     say(f"device    {device} ({device_reason}); torch {torch.__version__}")
     say(f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights and optimizer float32")
     say(f"impl      {impl} ({impl_reason}); torch.compile {'on' if compile else 'off'}")

@@ -13,7 +13,7 @@ SiLU, and its backward revisits each of these. Written here instead:
 - A program (Triton's word for one block of threads) owns a strip of channels and a run of tokens, and walks down the
   run. Channels are neighbours in memory and never meet in the arithmetic: each thread keeps a few to itself.
 - The last k-1 rows stay in registers, so every value is loaded once and used k times. A run starts with the k-1 rows
-  before it, which another program loads as well: k-1 rows in some hundred.
+  before it, which another program loads as well: k-1 rows in 64, or in some hundred going back.
 - A load takes hundreds of nanoseconds to arrive. While one group of ROWS rows is computed, the next is on its way.
 - Nearly every group is plain: inside the run, inside one document. Those run without a test. A group that touches an
   edge takes the other branch, row by row, with every test.
@@ -271,10 +271,9 @@ def forward(x, weight, bias, window, ids):
     """y (b, l, channels). x needs a last stride of 1; the others contiguous, weight (channels, 1, k)."""
     (b, l, channels), k = x.shape, weight.shape[-1]
     y = torch.empty(b, l, channels, dtype=x.dtype, device=x.device)
-    grid, run, options = _plan(
-        x, k, run=64
-    )  # short runs: a program begins quickly, and there is no last wave to wait for
-    _forward[grid](x, weight, bias, window, ids, y, *x.stride()[:2], l, channels, run, **options)
+    grid, run, options = _plan(x, k, RUN)
+    with torch.cuda.device_of(x):
+        _forward[grid](x, weight, bias, window, ids, y, *x.stride()[:2], l, channels, run, **options)
     return y
 
 

@@ -115,7 +115,7 @@ def _mixer_step(
 
     # 1. What can be done before the launch before this one has ended: ask the L2 for what certainly comes from memory.
     if DEPENDENT:
-        if (tl.program_id(2) * h + head) * tl.num_programs(0) + part < 1188:  # 9 a multiprocessor; others start late
+        if (tl.program_id(2) * h + head) * tl.num_programs(0) + part < 1188:  # who starts later finds them there
             number: tl.constexpr = conv_weight.dtype.element_ty.primitive_bitwidth // 8
             if p % SHARE == 0:
                 _prefetch(ssm + first * n, SHARE * n * 4)
@@ -282,11 +282,12 @@ def mixer_step(
     first = triton.next_power_of_2(share + 1) // 2
     second = triton.next_power_of_2(share - first) if share > first else 0
     dependent = _dependent(zxbcdt.device)
-    _mixer_step[triton.cdiv(p, share), h, b](
-        zxbcdt, window, ssm, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, v, result,
-        _counts(zxbcdt.device, b * g), zxbcdt.stride(0), float(eps), *map(float, time_step_limit),
-        h=h, p=p, g=g, n=n, k=k, SHARE=share, FIRST=first, SECOND=second, N=N, TAPS=triton.next_power_of_2(k),
-        GROUP=triton.next_power_of_2(inner // g), APART=APART, DEPENDENT=dependent, num_warps=4, maxnreg=96,
-        **(dict(launch_pdl=True) if dependent else {}),
-    )  # fmt: skip
+    with torch.cuda.device_of(ssm):
+        _mixer_step[triton.cdiv(p, share), h, b](
+            zxbcdt, window, ssm, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, v, result,
+            _counts(zxbcdt.device, b * g), zxbcdt.stride(0), float(eps), *map(float, time_step_limit),
+            h=h, p=p, g=g, n=n, k=k, SHARE=share, FIRST=first, SECOND=second, N=N, TAPS=triton.next_power_of_2(k),
+            GROUP=triton.next_power_of_2(inner // g), APART=APART, DEPENDENT=dependent, num_warps=4, maxnreg=96,
+            **(dict(launch_pdl=True) if dependent else {}),
+        )  # fmt: skip
     return result

@@ -9,6 +9,7 @@ This file starts no kernel of its own: it says in which order the others run, fo
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels import conv1d, decode, norm, ssd, ssd_backward
 
@@ -71,6 +72,7 @@ class _Between(torch.autograd.Function):
         return out, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dfinal):
         zxbcdt, conv_weight, conv_bias, norm_weight, window, seq_idx, y, rstd, A, A_log, *scan = ctx.saved_tensors
         h, p, g = ctx.sizes

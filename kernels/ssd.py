@@ -1,7 +1,7 @@
 """The scan of a Mamba-2 layer on a GPU: `mamba2.ssd_chunked` as Triton kernels. Forward here, backward beside it.
 
 Two numbers first, for one layer of the released models on a row of 8192 tokens (128 heads of 80 channels, 8 groups,
-state 128, bfloat16): reading x, dt, B, C and writing y moves 373 MB, 87 microseconds on a card that copies 4.3 TB a
+state 128, bfloat16): reading x, dt, B, C and writing y moves 371 MB, 86 microseconds on a card that copies 4.3 TB a
 second. The chunked form below spends 55 GFLOP, 70 microseconds at 785 TFLOP a second. So bytes are the floor, with
 arithmetic close behind: whatever is read twice shows, and so does any time in which the card only waits.
 
@@ -41,6 +41,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BIG = tl.constexpr(60.0)  # exponents are cut here: above the diagonal they overflow; a zero times 2^60 is still zero
@@ -281,14 +282,10 @@ def tiles(p, n, dtype, shared=LARGE):
     power = lambda size: max(16, triton.next_power_of_2(size))
     P, REST, N = min(64, power(p)), power(p - 64) if p > 64 else 0, power(n)
     if dtype.itemsize == 4:
-        needs = 4 * power(p) * N + 2048
-        if shared < needs:
-            raise ValueError(
-                f"float32 tiles of {power(p)} x {N} (head_dim {p}, state size {n}) need {needs:,} bytes of shared "
-                f"memory, and this GPU has {shared:,}: use bfloat16, or impl='torch'"
-            )
         Q = 32 if p * N <= 64 * 64 else 16
         return Tiles(Q, P, REST, N, min(N, 32), Q)
+    if shared < LARGE and p * N > 64 * 256:
+        return Tiles(32, P, REST, N, 64, 32)
     if shared < LARGE or N > 128:
         return Tiles(64, P, REST, N, min(N, 64), 64, stages=2 if N <= 128 else 1)
     return Tiles(128, P, REST, N, min(N, 64), 64, warps=8, stages=3 if p <= 96 else 2)
@@ -300,10 +297,11 @@ def ssd(
     """Arguments and results as in `mamba2.ssd_chunked`: x (b, l, h, p), dt (b, l, h), A and D (h,), B and C
     (b, l, g, n), initial_state (b, h, p, n) or None, seq_idx (b, l) or None -> y (b, l, h, p), final state float32.
 
-    With dt_bias (h,), dt is what in_proj made, and softplus(dt + dt_bias), cut to time_step_limit, is done inside.
-    x, B and C are bfloat16, float16 or float32, all of one kind, and may be views into wider rows; in float16 no number
-    of a state may pass 65,504, because states are stored in x's dtype. chunk_size is accepted and ignored: the tile
-    sizes are chosen by shape. Raises ValueError for shapes or dtypes that do not fit.
+    With dt_bias (h,), dt is what in_proj made, and softplus(dt + dt_bias) is done inside; then, with or without it, dt
+    is cut to time_step_limit. x, B and C are bfloat16, float16 or float32, all of one kind, and may be views into wider
+    rows; in float16 no number of a state or of its gradient may pass 65,504, because those are stored in x's dtype.
+    chunk_size is accepted and ignored: the tile sizes are chosen by shape. Raises ValueError for shapes or dtypes that
+    do not fit.
     """
     return _Scan.apply(x, dt, A, B, C, D, initial_state, seq_idx, dt_bias, time_step_limit)
 
@@ -318,6 +316,7 @@ class _Scan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dfinal):
         from kernels.ssd_backward import scan_backward  # that file needs this one first
 
@@ -331,31 +330,33 @@ class _Scan(torch.autograd.Function):
 def scan_forward(x, dt, A, B, C, D, initial, seq_idx, dt_bias, limit):
     """y (b, l, h, p), the final state (b, h, p, n), and what `scan_backward` needs."""
     _check(x, dt, A, B, C, D, initial, seq_idx, dt_bias)
-    x, B, C, dt = rows(x), rows(B), rows(C), rows(dt)
+    x, B, C, dt, A, D = rows(x), rows(B), rows(C), rows(dt), A.contiguous(), D.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
     initial = None if initial is None else initial.float().contiguous()
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     tile = tiles(p, n, x.dtype, shared_memory(x.device))
     chunks = -(-l // tile.Q)
-    vectors = torch.empty(6, b, h, chunks * tile.Q, dtype=torch.float32, device=x.device)
-    fade = torch.empty(b, h, chunks, dtype=torch.float32, device=x.device)
-    packed = seq_idx is not None
-    _decays[chunks, h, b](
-        dt, dt_bias, A, seq_idx, vectors, fade, l, h, chunks, *dt.stride()[:2], *limit,
-        Q=tile.Q, SOFTPLUS=dt_bias is not None, PACKED=packed, num_warps=1,
-    )  # fmt: skip
-    shape = constants(x, B, tile)
-    states = torch.empty(b, chunks, h, n, p, dtype=x.dtype, device=x.device)
-    final = torch.empty(b, h, p, n, dtype=torch.float32, device=x.device)
-    _walk[h, b, tile.N // tile.WALK](
-        x, B, vectors, fade, initial, states, final, None, None, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
-        **shape, N=tile.WALK, REVERSE=False, START=initial is not None, num_warps=4,
-    )  # fmt: skip
-    y = torch.empty(b, l, h, p, dtype=x.dtype, device=x.device)
-    _mix[chunks, g, b](
-        C, B, x, states, vectors, D, seq_idx, y, l, h, chunks, *C.stride()[:2], *B.stride()[:2], *x.stride()[:2],
-        *y.stride()[:2], **shape, N=tile.N, BACKWARD=False, PACKED=packed, num_warps=tile.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        vectors = torch.empty(6, b, h, chunks * tile.Q, dtype=torch.float32, device=x.device)
+        fade = torch.empty(b, h, chunks, dtype=torch.float32, device=x.device)
+        packed = seq_idx is not None
+        _decays[chunks, h, b](
+            dt, dt_bias, A, seq_idx, vectors, fade, l, h, chunks, *dt.stride()[:2], *limit,
+            Q=tile.Q, SOFTPLUS=dt_bias is not None, PACKED=packed, num_warps=1,
+        )  # fmt: skip
+        shape = constants(x, B, tile)
+        states = torch.empty(b, chunks, h, n, p, dtype=x.dtype, device=x.device)
+        final = torch.empty(b, h, p, n, dtype=torch.float32, device=x.device)
+        _walk[h, b, tile.N // tile.WALK](
+            x, B, vectors, fade, initial, states, final, None, None, l, h, chunks, *x.stride()[:2], *B.stride()[:2],
+            **shape, N=tile.WALK, REVERSE=False, START=initial is not None, num_warps=4,
+        )  # fmt: skip
+        y = torch.empty(b, l, h, p, dtype=x.dtype, device=x.device)
+        _mix[chunks, g, b](
+            C, B, x, states, vectors, D, seq_idx, y, l, h, chunks, *C.stride()[:2], *B.stride()[:2], *x.stride()[:2],
+            *y.stride()[:2], **shape, N=tile.N, BACKWARD=False, PACKED=packed, num_warps=tile.warps,
+        )  # fmt: skip
     return y, final, (x, dt, A, B, C, D, initial, seq_idx, dt_bias, vectors, fade, states)
 
 

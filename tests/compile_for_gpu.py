@@ -88,6 +88,8 @@ if __name__ == "__main__":
     decode._dependent = lambda device: capability >= 90
     layer(128, 80, 8, 128, torch.bfloat16, packed=False)  # the released models' layer
     layer(16, 64, 2, 64, torch.bfloat16, packed=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer(2, 128, 1, 256, dtype, packed=False)  # the largest tiles there are
     meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
     tokens = meta(64, dtype=torch.int64), meta(64, dtype=torch.bool)
     cross_entropy_(meta(64, 131072, dtype=torch.bfloat16), *tokens)

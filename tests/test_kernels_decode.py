@@ -23,7 +23,8 @@ SHAPES = [  # b, h, p, g, n, k
     (1, 2, 20, 1, 16, 4),
     (3, 3, 24, 3, 24, 3),
     (1, 4, 80, 2, 16, 2),
-    (2, 2, 80, 2, 64, 4),  # three pieces, the last half empty
+    (2, 2, 80, 2, 64, 4),  # one program a head, rows in two tiles, 64 + 16
+    (1, 2, 81, 1, 33, 2),  # two programs of 41 and 40 rows, in tiles of 32 + 16: some of theirs are the other's
     (1, 6, 1, 2, 5, 4),
     (1, 1, 128, 1, 33, 3),
 ]

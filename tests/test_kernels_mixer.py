@@ -1,13 +1,14 @@
 """kernels/mixer.py against the plain mixer, and the whole model with one and the other."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import device
 from mamba2 import Mamba2Mixer
-from model import ModelConfig, build
+from model import PRESETS, ModelConfig, build
 
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install -r requirements-test.txt")
 
@@ -121,8 +122,14 @@ def test_impl_is_chosen_with_a_reason(monkeypatch):
         device.choose_impl("triton", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert device.choose_impl("auto", gpu)[0] == "triton" and device.choose_impl("torch", gpu)[0] == "torch"
-    assert device.choose_impl("auto", gpu, compiled_width=3072)[0] == "triton"
-    assert device.choose_impl("auto", gpu, compiled_width=512)[0] == "torch"  # measured: RESULTS.md
+    assert device.choose_impl("auto", gpu, PRESETS["nano-9b"], compiled=True)[0] == "triton"
+    assert device.choose_impl("auto", gpu, PRESETS["nano-12m"], compiled=True)[0] == "torch"  # measured: RESULTS.md
+    assert device.choose_impl("auto", gpu, PRESETS["nano-12m"])[0] == "triton"
+    for change in (dict(mamba_head_dim=129), dict(ssm_state_size=257), dict(conv_kernel=5)):
+        config = replace(PRESETS["nano-9b"], **change)
+        assert device.choose_impl("auto", gpu, config)[0] == "torch"
+        with pytest.raises(ValueError, match=f"{list(change.values())[0]}.*use --impl torch"):
+            device.choose_impl("triton", gpu, config)
 
 
 def test_loss_of_a_step_is_finite_in_bfloat16():
