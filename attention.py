@@ -45,6 +45,12 @@ class KVCache:
         self.v[:, :, start:end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def put(self, row, other, other_row, skip):
+        """Become, in one row, a row of another cache without its first `skip` positions."""
+        length = other.k.shape[2] - skip
+        self.k[row, :, :length] = other.k[other_row, :, skip:]
+        self.v[row, :, :length] = other.v[other_row, :, skip:]
+
 
 class Attention(nn.Module):
     """One attention layer without its pre-norm and residual: (b, l, d) -> (b, l, d)."""
@@ -62,16 +68,31 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
 
+    def _heads(self, u):
+        """q (b, heads, l, e); k, v (b, kv_heads, l, e) of u (b, l, d)."""
+        return (
+            proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+
+    def step(self, u, cache, lengths, mask):
+        """One token a row, at position lengths[i] of row i: u (b, 1, d), lengths (b,) -> (b, 1, d). mask (b, 1, 1, m)
+        says which of the first m cached positions are the row's own, the new one among them."""
+        q, k, v = self._heads(u)
+        rows, m = torch.arange(len(u), device=u.device), mask.shape[-1]
+        cache.k[rows, :, lengths] = k[:, :, 0]
+        cache.v[rows, :, lengths] = v[:, :, 0]
+        k, v = cache.k[:, :, :m], cache.v[:, :, :m]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
+
     def forward(self, u, cache=None, start=0, mask=None):
         """u (b, l, d) -> (b, l, d).
 
         With a `cache`, u holds positions start .. start+l-1 and looks back at all cached ones. mask (b, 1, l, m) says
         who may look where; None means plain causal.
         """
-        q, k, v = (
-            proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self._heads(u)
         if cache is not None:
             k, v = cache.append(start, k, v)
         l, m = q.shape[2], k.shape[2]

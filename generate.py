@@ -15,8 +15,8 @@ script.
     python generate.py                             a chat in the terminal
     python generate.py --json --file questions.txt  one JSON object a line
 
-Why this is written by hand and what the library does better. A serving engine (vLLM, TensorRT-LLM, NIM) lets new rows
-join while others run, pages its caches and captures the step in a graph; transformers' `generate` has thirty more ways
+Why this is written by hand and what the library does better. A serving engine (vLLM, TensorRT-LLM, NIM) pages its
+caches, captures the step in a graph and talks to many callers at once; transformers' `generate` has thirty more ways
 to choose a token. Here the loop is forty lines that one can step through. This file must not know training.
 """
 
@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from hashlib import blake2b
 from pathlib import Path
 
@@ -34,12 +34,13 @@ import torch
 
 from budget import GRACE, ThinkState, opens_thought
 from checkpoint import load_pretrained
+from engine import Engine
 from model import memory_bytes
 from template import check_messages, clean
 
-PREFILL = 1024  # prompt positions read in one call: bounds the (row, position, position) mask of a padded batch
 ROWS = {"cpu": 64, "cuda": 512}  # rows in one batch; on a CPU more are slower, once their states outgrow its caches
-SHRINK = 0.75  # finished rows are dropped from the batch when at most this share of it is still running
+JOIN = 0.125  # waiting rows join when at least this share of the slots is empty: short prompts are read together
+SHRINK = 0.75  # when nobody waits, empty slots are dropped as soon as at most this share is still running
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,9 +116,7 @@ def generate(
     each prompt's end. thinking_budget: None (no limit), a number of tokens, or a list of one a row; budget_rule:
     "report", "client" or "nim", see `ThinkState`. on_token(row, token, state) is called after every token of every row.
 
-    Prompts run in batches of alike lengths. Shorter ones are padded on the left, and the padding is marked as another
-    document, which makes it invisible (see `NemotronH`). Rows that are done are dropped from the batch, cache and all,
-    when enough of them are.
+    As many rows run together as ROWS says and memory allows; who ends makes room for the next (see engine.py).
     Raises ValueError for bad arguments, before any computing.
     """
     if not isinstance(thinking_budget, list | tuple):
@@ -135,8 +134,8 @@ def generate(
     if temperature > 0:
         uniforms = row_uniforms(prompts, max_new_tokens, seed).to(model.lm_head.weight.device)
 
-    def choose(logits, batch, step):
-        u = uniforms[[row.index for row in batch], step] if temperature > 0 else None
+    def choose(logits, batch):
+        u = uniforms[[row.index for row in batch], [len(row.ids) for row in batch]] if temperature > 0 else None
         return sample(logits, temperature, top_p, u).tolist()
 
     by_length = sorted(rows, key=lambda row: len(row.prompt))  # prompts of a batch alike: less padding
@@ -144,8 +143,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for i in range(0, len(rows), at_once):
-            _run(model, tokenizer, by_length[i : i + at_once], max_new_tokens, choose, on_token)
+        _run(model, tokenizer, by_length, min(at_once, len(rows)), max_new_tokens, choose, on_token)
     finally:
         model.train(was_training)
     return [row.state.completion(tokenizer.decode(row.prompt), row.ids) for row in rows]
@@ -162,52 +160,45 @@ def _rows_at_once(model, tokens):
     return max(1, min(most, int(free / (2.5 * need))))  # cache, its copy when rows are dropped, activations
 
 
-def _run(model, tokenizer, batch, max_new_tokens, choose, on_token):
-    """Fill in the rows of one batch: `batch` is always the rows that are in the cache, in its order."""
-    device, prompts = model.lm_head.weight.device, [row.prompt for row in batch]
-    # Prefill. Left padding is document -1, the text document 0.
-    longest, pad = max(map(len, prompts)), tokenizer.pad_id or 0
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    seq_idx = None
-    if min(map(len, prompts)) < longest:
-        seq_idx = torch.tensor([[-1] * (longest - len(p)) + [0] * len(p) for p in prompts], device=device)
-    cache = model.new_cache(len(prompts), longest + max_new_tokens)
-    for s in range(0, longest, PREFILL):
-        x = model.features(ids[:, s : s + PREFILL], cache, None if seq_idx is None else seq_idx[:, s : s + PREFILL])
-    logits = _head(model, tokenizer, x)
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
+def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
+    """Fill in the rows, `count` of them at a time."""
+    engine = Engine(model, count, max(len(row.prompt) for row in rows) + max_new_tokens)
+    waiting, slots = deque(rows), [None] * count  # who sits where
 
-    for step in range(max_new_tokens):
-        for row, token in zip(batch, choose(logits, batch, step)):
-            if not row.done:
-                token = row.push(token, tokenizer.eos_id)
-                if on_token is not None:
-                    on_token(row.index, token, row.state)
-        running = [j for j, row in enumerate(batch) if not row.done]
-        if not running or step + 1 == max_new_tokens:
+    def advance(places, x):
+        """Choose the next token of the rows in these places from the stream (len(places), d)."""
+        logits = model.lm_head(x)[:, : tokenizer.vocab_size].float()  # only of ids that the tokenizer has
+        for place, token in zip(places, choose(logits, [slots[i] for i in places])):
+            row = slots[place]
+            token = row.push(token, tokenizer.eos_id)
+            if on_token is not None:
+                on_token(row.index, token, row.state)
+            if row.done or len(row.ids) == max_new_tokens:
+                slots[place] = None
+                engine.stop(place)
+        return logits
+
+    while True:
+        empty = [i for i, row in enumerate(slots) if row is None]
+        if waiting and (len(empty) >= JOIN * len(slots)):
+            joining = empty[: len(waiting)]
+            for place in joining:
+                slots[place] = waiting.popleft()
+            logits = advance(joining, engine.start(joining, [slots[place].prompt for place in joining]))
+            if not torch.isfinite(logits).all():
+                raise ValueError(
+                    "the model's logits are not finite numbers: its weights are damaged, or training diverged"
+                )
+            continue  # some may have ended already
+        running = [i for i, row in enumerate(slots) if row is not None]
+        if not running:
             return
-        if len(running) <= SHRINK * len(batch):
-            batch = [batch[j] for j in running]
-            _keep_rows(cache, torch.tensor(running, device=device))
-        # a row that is done but not yet dropped goes on with its end of turn; nobody looks at what comes out
-        tokens = torch.tensor([[row.ids[-1]] for row in batch], device=device)
-        logits = _head(model, tokenizer, model.features(tokens, cache))
-
-
-def _head(model, tokenizer, x):
-    """Logits (b, vocab) of the last position of x (b, l, d), only of ids that the tokenizer has."""
-    return model.lm_head(x[:, -1])[:, : tokenizer.vocab_size].float()
-
-
-def _keep_rows(cache, rows):
-    """Drop all other rows of a batch from its cache; rows is a tensor of row numbers."""
-    for layer in cache.layers:
-        for name, tensor in vars(layer).items() if layer is not None else ():
-            setattr(layer, name, tensor[rows])
-    cache.batch_size = len(rows)
-    if cache.seq_idx is not None:
-        cache.seq_idx = cache.seq_idx[rows]
+        if not waiting and len(running) <= SHRINK * len(slots):
+            engine.keep(running)
+            slots = [slots[i] for i in running]
+            running = list(range(len(slots)))
+        x = engine.step([0 if row is None else row.ids[-1] for row in slots])
+        advance(running, x[running])
 
 
 def _check_options(max_new_tokens, temperature, top_p, thinking_budget, budget_rule):

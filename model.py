@@ -188,6 +188,13 @@ class Block(nn.Module):
         else:
             self.mixer = MLP(c.hidden_size, c.intermediate_size, c.mlp_bias)
 
+    def step(self, x, layer_cache, lengths, mask):
+        """One token a row, of rows of different lengths: see `NemotronH.step`."""
+        u = self.norm(x)
+        if self.letter == "*":
+            return x + self.mixer.step(u, layer_cache, lengths, mask)
+        return x + (self.mixer(u, layer_cache) if self.letter == "M" else self.mixer(u))
+
     def forward(self, x, layer_cache=None, start=0, seq_idx=None, mask=None):
         u = self.norm(x)
         if self.letter == "M":
@@ -304,6 +311,17 @@ class NemotronH(nn.Module):
         if cache is not None:
             cache.length += l
         return self.backbone.norm_f(x)
+
+    def step(self, tokens, cache, lengths, longest):
+        """The stream after the final norm for one more token a row, (b, d), where rows have lengths of their own.
+
+        tokens and lengths (b,) int64: row i's token goes to its position lengths[i], at most `longest`. The cache is
+        used as a place for rows and updated in place; its own `length` says nothing here."""
+        mine = torch.arange(longest + 1, device=tokens.device) <= lengths[:, None]
+        x = self.backbone.embeddings(tokens[:, None])
+        for block, layer_cache in zip(self.backbone.layers, cache.layers):
+            x = block.step(x, layer_cache, lengths, mine[:, None, None])
+        return self.backbone.norm_f(x)[:, 0]
 
     def use(self, impl):
         """Let all Mamba-2 layers compute with "torch" or "triton" (device.choose_impl says which can be had)."""

@@ -65,7 +65,9 @@ class Scripted(torch.nn.Module):
 
     def new_cache(self, batch_size, max_length):
         class Layer:
-            pass
+            def put(self, row, other, other_row, skip):
+                self.history[row] = -1
+                self.history[row, : other.history.shape[1] - skip] = other.history[other_row, skip:]
 
         class Cache:
             pass
@@ -80,9 +82,21 @@ class Scripted(torch.nn.Module):
         assert history.shape[0] == ids.shape[0] == cache.batch_size
         history[:, cache.length : cache.length + l] = ids if seq_idx is None else ids.where(seq_idx == 0, -1)
         cache.length += l
-        out = torch.zeros(*ids.shape, self.tokenizer.vocab_size)
+        return self._say(history, ids.shape)
+
+    def step(self, tokens, cache, lengths, longest):
+        history = cache.layers[1].history
+        history[torch.arange(len(tokens)), lengths] = tokens
+        for row, n in zip(history, lengths.tolist()):
+            row[n + 1 :] = -1
+        return self._say(history, (len(tokens), 1))[:, -1]
+
+    def _say(self, history, shape):
+        out = torch.zeros(*shape, self.tokenizer.vocab_size)
         for j, row in enumerate(history.tolist()):
             text = [t for t in row if t >= 0]
+            if not text or text[0] < 16 + ord("A"):
+                continue  # an empty slot
             i = text[0] - 16 - ord("A")  # prompts begin with the byte "A", "B", ... to name their row
             said = text[self.prompt_lengths[i] :]
             self.fed[i] = said

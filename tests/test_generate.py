@@ -10,6 +10,7 @@ import torch
 from reference import ours
 from scripted import Scripted, id_of, plain, words
 
+import engine
 import generate as G
 from budget import Completion, opens_thought
 from checkpoint import save_pretrained
@@ -37,7 +38,7 @@ def test_a_batch_of_different_lengths_equals_each_row_alone(model, ours_tokenize
 
 @pytest.mark.parametrize("prefill", [1, 7, 1024])
 def test_cached_steps_equal_recomputing_the_whole_row(model, ours_tokenizer, prefill, monkeypatch):
-    monkeypatch.setattr(G, "PREFILL", prefill)
+    monkeypatch.setattr(engine, "PREFILL", prefill)
     for prompt, c in zip(PROMPTS, generate(model, ours_tokenizer, PROMPTS, 12)):
         ids = list(prompt)
         for token in c.ids:
@@ -53,13 +54,13 @@ def test_rows_end_alone_are_dropped_and_keep_their_place(model, ours_tokenizer, 
     ends = [c.ids.index(eos) + 1 if eos in c.ids else 25 for c in free]
     assert min(ends) < 10 and max(ends) == 25
     monkeypatch.setattr(ours_tokenizer, "eos_id", eos)
-    sizes, keep = [], G._keep_rows
-    monkeypatch.setattr(G, "_keep_rows", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
+    sizes, keep = [], engine.Engine.keep
+    monkeypatch.setattr(engine.Engine, "keep", lambda self, slots: (sizes.append(len(slots)), keep(self, slots)))
     for share in (0.0, 0.5, 0.99):
         monkeypatch.setattr(G, "SHRINK", share)
         assert [c.ids for c in generate(model, ours_tokenizer, PROMPTS, 25)] == [c.ids[:n] for c, n in zip(free, ends)]
     assert sizes and max(sizes) < len(PROMPTS)
-    monkeypatch.setattr(G, "ROWS", {"cpu": 2})  # several batches, regrouped by length
+    monkeypatch.setattr(G, "ROWS", {"cpu": 2})  # two slots for six rows: who ends makes room
     assert [c.ids for c in generate(model, ours_tokenizer, PROMPTS, 25)] == [c.ids[:n] for c, n in zip(free, ends)]
 
 
