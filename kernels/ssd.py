@@ -21,7 +21,7 @@ The plan, three kernels:
    after the other; the products C.B are made once for the group.
 
 That writes and reads the states, 168 MB each way, and reads x twice: 880 MB in all. A kernel that walks and mixes at
-once would save that and was slower (it has too little to do while it waits for memory).
+once would save that, but then everything is in order, and a head is all that a multiprocessor has to do while it waits.
 
 What made these kernels fast, in the order of what it gained:
 
