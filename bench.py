@@ -27,6 +27,7 @@ import torch
 
 from benchmarks import measure, training
 from mamba2 import Mamba2Mixer
+from model import PRESETS
 
 MIXER_BAR = 2.0  # what this project set out to reach
 
@@ -161,7 +162,8 @@ def bench_kernels(args):
 
 
 def bench_training(args):
-    training.run(args.impl, args.compile, args.rows, args.length, args.steps, args.profile, args.packed, args.tiny)
+    training.run(args.impl, args.compile, args.rows, args.length, args.steps, args.profile, args.packed, args.tiny,
+                 args.preset)  # fmt: skip
     return 0
 
 
@@ -223,6 +225,9 @@ def main(argv=None):
     steps.add_argument("--profile", action="store_true", help="then a table of GPU time by kind of kernel")
     steps.add_argument("--packed", action="store_true", help="rows of several documents, as train.py's are")
     steps.add_argument("--tiny", action="store_true", help="a toy model instead, to try the command anywhere")
+    steps.add_argument(
+        "--preset", choices=PRESETS, metavar="NAME", help="one of model.py's in place of the 549 M model"
+    )
     steps.set_defaults(run=bench_training)
 
     try:

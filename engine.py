@@ -37,7 +37,7 @@ class Engine:
     """`count` slots of `max_length` positions on the model's device; what is said in them is decided elsewhere."""
 
     def __init__(self, model, count, max_length):
-        self.model, self.max_length = model, max_length
+        self.model = model
         self.cache = model.new_cache(count, max_length)
         self.lengths = [0] * count  # 0: the slot is empty
 

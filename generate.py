@@ -165,9 +165,12 @@ def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
     engine = Engine(model, count, max(len(row.prompt) for row in rows) + max_new_tokens)
     waiting, slots = deque(rows), [None] * count  # who sits where
 
-    def advance(places, x):
-        """Choose the next token of the rows in these places from the stream (len(places), d)."""
-        logits = model.lm_head(x)[:, : tokenizer.vocab_size].float()  # only of ids that the tokenizer has
+    def head(x):
+        """Logits (b, vocab) of the stream x (b, d), only of ids that the tokenizer has."""
+        return model.lm_head(x)[:, : tokenizer.vocab_size].float()
+
+    def advance(places, logits):
+        """Choose the next token of the rows in these places."""
         for place, token in zip(places, choose(logits, [slots[i] for i in places])):
             row = slots[place]
             token = row.push(token, tokenizer.eos_id)
@@ -176,19 +179,19 @@ def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
             if row.done or len(row.ids) == max_new_tokens:
                 slots[place] = None
                 engine.stop(place)
-        return logits
 
     while True:
         empty = [i for i, row in enumerate(slots) if row is None]
-        if waiting and (len(empty) >= JOIN * len(slots)):
+        if waiting and len(empty) >= JOIN * len(slots):
             joining = empty[: len(waiting)]
             for place in joining:
                 slots[place] = waiting.popleft()
-            logits = advance(joining, engine.start(joining, [slots[place].prompt for place in joining]))
+            logits = head(engine.start(joining, [slots[place].prompt for place in joining]))
             if not torch.isfinite(logits).all():
                 raise ValueError(
                     "the model's logits are not finite numbers: its weights are damaged, or training diverged"
                 )
+            advance(joining, logits)
             continue  # some may have ended already
         running = [i for i, row in enumerate(slots) if row is not None]
         if not running:
@@ -198,7 +201,7 @@ def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
             slots = [slots[i] for i in running]
             running = list(range(len(slots)))
         x = engine.step([0 if row is None else row.ids[-1] for row in slots])
-        advance(running, x[running])
+        advance(running, head(x[running]))
 
 
 def _check_options(max_new_tokens, temperature, top_p, thinking_budget, budget_rule):

@@ -4,7 +4,6 @@ mamba_ssm is no dependency: it is used if Python finds it, compiled or not (its 
 its package asks for one).
 """
 
-import functools
 import importlib
 import importlib.util
 import math
@@ -74,8 +73,10 @@ class Bench:
             for _ in range(3 if self.cuda else 1):  # compiling, tuning, finding memory
                 if name not in failed:
                     self.attempt(run, failed, name)
+        for name, run in contestants.items():
+            if name not in failed:
+                clears = max(clears, self.attempt(lambda run=run: self.wipes_over(run), failed, name) or 0)
         running = {name: run for name, run in contestants.items() if name not in failed}
-        clears = max([clears, *(self.wipes_over(run) for run in running.values())])
         rounds = [{name: [] for name in running} for _ in range(2)]
         for marks in rounds:
             for _ in range(self.repeats):
@@ -104,19 +105,14 @@ class Bench:
             run()
             seconds.append(time.perf_counter() - start)
         self.sync()
-        return math.ceil(1.5 * statistics.median(seconds) / self.wipe_seconds())
-
-    @functools.cache  # noqa: B019  (a bench lives as long as its process)
-    def wipe_seconds(self):
-        """Seconds that the GPU takes for one wipe."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.wipe.zero_()
-        start.record()
-        for _ in range(20):
+        for _ in range(10):
+            start = torch.cuda.Event(enable_timing=True)
+            start.record()
             self.wipe.zero_()
+        end = torch.cuda.Event(enable_timing=True)  # the last of ten: by then the CPU is ahead
         end.record()
         self.sync()
-        return start.elapsed_time(end) / 20e3
+        return math.ceil(1.5 * statistics.median(seconds) / (start.elapsed_time(end) / 1e3))
 
     def once(self, run, clears):
         """The marks before and after one run: CUDA events, or the clock's time. The GPU begins empty, so that nobody

@@ -26,7 +26,7 @@ from device import choose_device, choose_dtype, choose_impl, memory_gib  # isort
 import torch
 
 import data
-from model import ModelConfig, build, count_parameters, describe, flops_per_token
+from model import PRESETS, ModelConfig, build, count_parameters, describe, flops_per_token
 from train import Objective, TrainConfig, make_optimizer, train_step
 
 HYBRID_549M = dict(
@@ -150,14 +150,20 @@ def profile_table(kernels, step_ms, top=15):
     return "\n".join(lines)
 
 
-def run(impl="auto", compile=False, rows=8, length=2048, steps=20, profile=False, packed=False, tiny=False, say=None):
-    """Train for a few steps and say what came out; returns it as a dict. ValueError if `impl` cannot be had."""
+def run(
+    impl="auto", compile=False, rows=8, length=2048, steps=20, profile=False, packed=False, tiny=False, preset=None,
+    say=None,
+):  # fmt: skip
+    """Train for a few steps and say what came out; returns it as a dict. ValueError if `impl` cannot be had. preset:
+    one of model.PRESETS in the place of the 549 M model."""
     say = say or partial(print, flush=True)
     device, device_reason = choose_device("auto")
     dtype, dtype_reason = choose_dtype("auto", device)
     if device.type == "cpu" and not tiny:
-        raise ValueError("training measures a 549 M model on a CUDA GPU, and PyTorch sees none: --tiny runs anywhere")
-    config = ModelConfig(**(TINY if tiny else HYBRID_549M))
+        raise ValueError("training measures a real model on a CUDA GPU, and PyTorch sees none: --tiny runs anywhere")
+    if tiny and preset:
+        raise ValueError(f"--tiny and --preset {preset} are two models: give one")
+    config = PRESETS[preset] if preset else ModelConfig(**(TINY if tiny else HYBRID_549M))
     impl, impl_reason = choose_impl(impl, device, config, compile)
     say(f"device    {device} ({device_reason}); torch {torch.__version__}")
     say(f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights and optimizer float32")

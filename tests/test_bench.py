@@ -223,6 +223,8 @@ def test_only_what_is_between_the_markers_changes():
         ("kernels --source nothing.json", "nothing.json cannot be used"),
         ("kernels --source empty.json", "empty.json cannot be used"),
         ("training", "--tiny runs anywhere"),
+        ("training --tiny --preset nano-1m", "two models"),
+        ("training --preset nano-2m", "invalid choice: 'nano-2m'"),
         ("training --rows 0", "'0' is not a whole number of at least 1"),
         ("training --steps x", "'x' is not a whole number"),
         ("training --impl cuda", "invalid choice: 'cuda'"),
@@ -308,3 +310,20 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
         choose_impl("triton", torch.device("cpu"))
     with pytest.raises(ValueError, match="--impl triton cannot be had"):
         training.run(impl="triton", tiny=True)
+
+
+def test_the_head_start_is_that_of_the_slowest_to_launch():
+    """On a toy without a GPU: who cannot be measured is out, and all others get the same."""
+    bench, given = timing.Bench("cpu", torch.float32, 2), []
+    quick, slow, broken = (lambda: 1), (lambda: 2), (lambda: 3)
+
+    def wipes_over(run):
+        if run is broken:
+            raise RuntimeError("no kernel")
+        return {quick: 2, slow: 5}[run]
+
+    bench.wipes_over = wipes_over
+    bench.once = lambda run, clears: (given.append((run(), clears)), (0.0, 1.0))[1]
+    found = bench.race({"quick": quick, "broken": broken, "slow": slow})
+    assert set(given) == {(1, 5), (2, 5)} and set(found["ms"]) == {"quick", "slow"}
+    assert "no kernel" in found["failed"]["broken"]

@@ -117,3 +117,15 @@ def test_rows_come_and_go_at_random(model):
                 slots[place], checked = None, checked + 1
                 machine.stop(place)
     assert checked == 40
+
+
+@torch.inference_mode()
+def test_an_empty_slot_stays_at_its_beginning(model):
+    """Else the longest row would be one that is not there, and at last a position behind the cache."""
+    machine = Engine(model, 3, 12)
+    machine.start([0, 2], [[1, 2, 3], [4, 5]])
+    machine.step([7, 0, 8])
+    machine.stop(2)
+    for _ in range(5):
+        machine.step([7, 0, 0])
+    assert machine.lengths == [9, 0, 0]

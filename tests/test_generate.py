@@ -95,8 +95,11 @@ def test_logits_that_are_not_numbers_are_an_error(ours_tokenizer):
     broken = NemotronH(ModelConfig(vocab_size=ours_tokenizer.vocab_size))
     with torch.no_grad():
         broken.backbone.norm_f.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
-        generate(broken, ours_tokenizer, [[20]], 2)
+    said = []
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            generate(broken, ours_tokenizer, [[20]], 2, temperature, on_token=lambda *token: said.append(token))
+    assert not said
 
 
 def test_no_prompts_no_answers(model, ours_tokenizer):
@@ -115,6 +118,31 @@ def test_a_row_draws_the_same_in_any_batch(model, ours_tokenizer):
     assert seeded[0] == again == alone
     assert all(a != b for a, b in zip(seeded[0], seeded[1]))
     assert seeded[0] != [c.ids for c in generate(model, ours_tokenizer, PROMPTS, 20)]
+
+
+def test_every_token_is_drawn_with_its_own_number(model, ours_tokenizer, monkeypatch):
+    """The row's, at the row's own step, though rows enter at different times."""
+    drawn, real = [], G.sample
+    monkeypatch.setattr(G, "sample", lambda logits, t, p, u: (drawn.extend(u.tolist()), real(logits, t, p, u))[1])
+    monkeypatch.setattr(G, "ROWS", {"cpu": 2})
+    found = generate(model, ours_tokenizer, PROMPTS, 9, temperature=1.0, seed=4)
+    numbers = G.row_uniforms(PROMPTS, 9, 4)
+    assert sorted(drawn) == sorted(n for row, c in zip(numbers.tolist(), found) for n in row[: len(c.ids)])
+
+
+def test_who_has_ended_leaves_an_empty_slot(model, ours_tokenizer, monkeypatch):
+    eos = generate(model, ours_tokenizer, PROMPTS[:1], 25)[0].ids[3]
+    monkeypatch.setattr(ours_tokenizer, "eos_id", eos)
+    monkeypatch.setattr(G, "SHRINK", 0.0)
+    lengths, step = [], engine.Engine.step
+    monkeypatch.setattr(
+        engine.Engine, "step", lambda self, ids: (lengths.append(list(self.lengths)), step(self, ids))[1]
+    )
+    ends = [len(c.ids) for c in generate(model, ours_tokenizer, PROMPTS, 25)]
+    assert min(ends) < 10 and max(ends) == 25
+    expected = sorted((len(p), n) for p, n in zip(PROMPTS, ends))
+    for i, found in enumerate(lengths):  # before step i every row has said i + 1 tokens, if it has not ended with fewer
+        assert sorted(found) == sorted(n + i if said > i + 1 else 0 for n, said in expected)
 
 
 def test_samples_of_one_prompt_differ_and_longer_runs_begin_the_same(model, ours_tokenizer):

@@ -55,9 +55,9 @@ def gradients(form, given, seq_idx, limit, which=("y", "S"), seed=1):
     return [y.detach(), S.detach()] + [None if t is None else t.grad for t in given]
 
 
-def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("y", "S")):
-    """Relative errors of all results against float64, each below `tolerance`; five times as much for the gradients of A
-    and dt_bias, which are what is left of long sums."""
+def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("y", "S"), sums=1):
+    """Relative errors of all results against float64, each below `tolerance`, or `sums` times that for the gradients
+    of A and dt_bias, which are what is left of sums over the row."""
     want = gradients(recurrent, [None if t is None else t.double() for t in given], seq_idx, limit, which)
     ids = None if seq_idx is None else seq_idx.to(DEVICE)
     got = gradients(triton, [None if t is None else t.to(DEVICE) for t in given], ids, limit, which)
@@ -66,7 +66,7 @@ def compare(given, seq_idx=None, limit=(0.0, math.inf), tolerance=2e-5, which=("
             assert a is None or not a.any(), name
             continue
         error = (a.cpu().double() - b).norm() / b.norm().clamp_min(1e-3)
-        assert error < tolerance * (5 if name in ("A", "dt_bias") else 1), f"{name}: relative error {error:.1e}"
+        assert error < tolerance * (sums if name in ("A", "dt_bias") else 1), f"{name}: relative error {error:.1e}"
 
 
 @pytest.fixture
@@ -181,7 +181,8 @@ def fuzz(seeds):
         if DEVICE == "cuda":  # every new head or state size compiles nine kernels: a few of them, at full length
             p, n, heads = r.choice([(16, 16, 2), (20, 24, 1), (80, 128, 3), (64, 100, 2)])
         l = r.randint(1, 1000 if DEVICE == "cuda" else 20)
-        compare(*inputs(r.choice([1, 1, 2]), l, g * heads, p, g, n, *[r.random() < 0.5 for _ in range(4)], seed=seed))
+        given = inputs(r.choice([1, 1, 2]), l, g * heads, p, g, n, *[r.random() < 0.5 for _ in range(4)], seed=seed)
+        compare(*given, sums=5 if l > 100 else 1)
 
 
 def test_fuzz(small_tiles):
