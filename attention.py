@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 
 def attend_explicit(q, k, v, mask):
@@ -98,6 +99,10 @@ class Attention(nn.Module):
         l, m = q.shape[2], k.shape[2]
         causal = mask is None and l > 1
         if causal and l != m:  # several new tokens on a warm cache: token j sees m - l + j + 1 positions
-            mask, causal = torch.ones(l, m, dtype=torch.bool, device=u.device).tril(m - l), False
+            causal = False
+            if u.device.type == "cuda" and not torch.is_grad_enabled():  # said in words, so that no mask need be made
+                mask = causal_lower_right(l, m)
+            else:
+                mask = torch.ones(l, m, dtype=torch.bool, device=u.device).tril(m - l)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))

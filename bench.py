@@ -7,8 +7,13 @@ hits all), and prints medians and the ratio. It prints what it ran on, because a
     python bench.py mixer               one Mamba-2 layer, forward and backward, on the CPU, against transformers
     python bench.py kernels             the Triton kernels on a GPU, against mamba_ssm, PyTorch and the floor
     python bench.py training            training steps of a 549 M model on a GPU: tokens/s, MFU, memory, a profile
+    python bench.py decode              a step of the 9B on a GPU, bf16 and int8, beside the bytes it must move
+    python bench.py prefill             seconds to the first token, also of 128k tokens under a cap on memory
+    python bench.py memory              the memory formula beside what is really held
+    python bench.py loading             a folder of the 9B: seconds to open it, and the host's memory
+    python bench.py throughput          the 9B against a transformer in the same memory: the report's headline
 
-The second and third are written in benchmarks/. This file must not be imported by anything:
+All but the first are written in benchmarks/. This file must not be imported by anything:
 it is a command. The other side of `mixer`, transformers' PyTorch path of NemotronH, is a test extra and not needed for
 anything else. It is what most people run on a machine without a GPU; on a GPU its mixer calls the mamba_ssm kernels
 instead, and that would be a different comparison.
@@ -17,28 +22,21 @@ instead, and that would be a different comparison.
 import argparse
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 
+# Memory in pieces that can grow: what was freed can be used again for something larger. To be said before torch loads.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 
-from benchmarks import measure, training
+from benchmarks import measure, serving, training
+from benchmarks.timing import cpu_name
 from mamba2 import Mamba2Mixer
 from model import PRESETS
 
 MIXER_BAR = 2.0  # what this project set out to reach
-
-
-def cpu_name():
-    """The processor's own name where the system tells it, else its architecture."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def interleave(contestants, repeats):
@@ -167,6 +165,11 @@ def bench_training(args):
     return 0
 
 
+def bench_serving(args):
+    wishes = {k: v for k, v in vars(args).items() if k in ("sampled", "device", "preset", "rows", "tokens")}
+    return serving.command(args.command, args.write, args.out, args.source, args.commit, args.tiny, **wishes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +232,30 @@ def main(argv=None):
         "--preset", choices=PRESETS, metavar="NAME", help="one of model.py's in place of the 549 M model"
     )
     steps.set_defaults(run=bench_training)
+
+    for name, help_ in dict(
+        decode="a decode step of the 9B on a GPU, for some batch sizes, in bf16 and int8",
+        prefill="seconds to the first token of 8k and 128k tokens, the second under a cap on memory",
+        memory="the memory formula beside what is held, at 128k tokens",
+        loading="a folder of the 9B written to the disk (18 GB) and opened: seconds, and the host's memory",
+        throughput="the 9B against a transformer of its size in the same memory, at four pairs of lengths",
+    ).items():
+        part = commands.add_parser(name, help=help_, description=f"{help_}; random weights, minutes on a GPU.")
+        part.add_argument("--write", action="store_true", help="put the table into RESULTS.md, between its two markers")
+        part.add_argument("--out", default="out/bench_serving.json", help="the record it is added to (%(default)s)")
+        part.add_argument("--source", metavar="FILE", help="measure nothing: make the table from this earlier record")
+        part.add_argument("--commit", help="what to call the code's state where there is no git checkout")
+        part.add_argument("--tiny", action="store_true", help="toy models instead, to try the command anywhere")
+        if name == "throughput":
+            part.add_argument(
+                "--sampled", action="store_true", help="steps at five lengths instead of all: minutes less"
+            )
+        if name == "decode":
+            part.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu in float32")
+            part.add_argument("--preset", choices=PRESETS, metavar="NAME", help="one of model.py's (nano-9b)")
+            part.add_argument("--rows", type=positive, nargs="+", metavar="B", help="batch sizes (1 8 16 32)")
+            part.add_argument("--tokens", type=positive, metavar="N", help="tokens that the rows hold (8192)")
+        part.set_defaults(run=bench_serving)
 
     try:
         args = parser.parse_args(argv)

@@ -74,7 +74,8 @@ class ThinkState:
     Corner cases. If the trace ends by itself first, nothing is forced. A second `</think>` is answer text. A newline
     inside a longer token closes after that token. A budget that ends inside a multi-byte character is still kept to the
     token; the half character is left out of `thought`. A budget that ends inside a `</think>` spelled with several
-    tokens completes it instead of starting another.
+    tokens completes it instead of starting another (not by the rule "client", nor where the tag is one token: there
+    what was begun stays text of the thought).
 
     Attributes: open (still thinking), closed_by, thinking_tokens, answer_tokens, thought, answer; see `Completion`.
     """

@@ -2,10 +2,11 @@
 
 The idea. A *model folder* is what other programs read: config.json, one or several safetensors files, a tokenizer. The
 names of our tensors are the released ones, so opening a folder is no translation: build the model without memory
-(PyTorch's "meta" device), check every name, shape and dtype against the file headers, and only then read each tensor
-straight to where it will live. The 9B needs its own 17 GB and nothing besides. config.json exists in two dialects, the
-released one (`hybrid_override_pattern`) and that of transformers 5 (`layers_block_type`); we read both and write the
-first (hf_config.py).
+(PyTorch's "meta" device), check every name, shape and dtype against the file headers and the sum against the room on
+the device, and only then read each tensor straight to where it will live. Files are opened one after the other: what
+was read of a mapped file counts as the process's memory until it is closed. So the 9B needs its own 17 GB and, on the
+host, one file more. config.json exists in two dialects, the released one (`hybrid_override_pattern`) and that of
+transformers 5 (`layers_block_type`); we read both and write the first (hf_config.py).
 
 A kill at any instant leaves the old folder or the new one. There is one trick: write to a new name, ask the disk to
 really have it (fsync), then rename over the old name. A rename is all or nothing. A folder is several files, so these
@@ -26,8 +27,10 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 
+from device import free_bytes
 from hf_config import DTYPES, config_from_dict, config_to_dict
 from model import NemotronH
+from quantize import Int8Linear, NotFinite, quantize_, quantize_rows
 from safefile import (
     FLOATS,
     CheckpointError,
@@ -38,6 +41,7 @@ from safefile import (
     write_safetensors,
     writing,
 )
+from sizes import fits, weights_bytes
 from tokenizer import Tokenizer
 
 SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-{:05d}-of-{:05d}.safetensors"
@@ -46,12 +50,15 @@ SAVING, SAVED = ".saving", ".saved"  # see the top of the file
 KEPT_WIDE = ("A_log", "D", "dt_bias")  # exp(dt * A) is compounded over thousands of tokens: float32 at least
 
 
-def load_pretrained(folder, device="cpu", dtype=None):
+def load_pretrained(folder, device="cpu", dtype=None, int8=False):
     """Open a Hugging Face folder: (model in eval mode, tokenizer or None if there is no tokenizer.json).
 
-    device: where the tensors go, each read straight to it. dtype: a torch dtype or its name; None takes the one that
-    config.json names, else float32. A_log, D and dt_bias stay in float32 in a 16-bit model.
-    Raises CheckpointError for anything missing, damaged, contradictory or not supported, before any weight is read.
+    device: where the tensors go, each read straight to it; the host holds less than two of the files at a time (on the
+    CPU: besides the model). dtype: a torch dtype or its name; None takes the one that config.json names, else float32.
+    A_log, D and dt_bias stay in float32 in a 16-bit model. int8: round the matrices of Mamba and MLP layers to eight
+    bits as they are read, so that the wide ones are never there together (quantize.py); the rest is in dtype.
+    Raises CheckpointError for anything missing, damaged, contradictory, not supported or too large for the device,
+    before any weight is read; and, with int8, for a weight that is not finite.
     """
     folder, device = Path(folder), _device(device)
     if not folder.is_dir():
@@ -65,24 +72,51 @@ def load_pretrained(folder, device="cpu", dtype=None):
             model = NemotronH(config)
     except (RuntimeError, OverflowError, TypeError):
         raise CheckpointError(f"{folder} asks for tensors larger than any machine's memory: check it") from None
-    sources = _match(
-        folder, [open_safetensors(path, device) for path in _weight_files(folder)], dict(model.named_parameters())
-    )
+    paths = _weight_files(folder)
+    seen = [_identity(path) for path in paths]
+    keys = _match(folder, paths, dict(model.named_parameters()))
     try:
-        for name, (file, key) in sources.items():
-            parent, _, leaf = name.rpartition(".")
-            kept = torch.promote_types(dtype, torch.float32) if leaf in KEPT_WIDE else dtype
-            # On the CPU the library returns a view of the file; a copy stays right whatever happens to the file.
-            tensor = file.get_tensor(key).to(kept, copy=device.type == "cpu")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+        check_room(config, device, 1, 1, int8, weight_bytes=dtype.itemsize)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is too large: {error}") from None
+    if int8:
+        quantize_(model)  # without memory still: the places that are filled below
+    try:
+        for path, before in zip(paths, seen):
+            if _identity(path) != before:
+                raise CheckpointError(f"{path} was replaced while {folder} was being read: open the folder again")
+            with open_safetensors(path, device) as file:
+                for name, key in keys[path].items():
+                    parent, _, leaf = name.rpartition(".")
+                    module = model.get_submodule(parent)
+                    if isinstance(module, Int8Linear) and leaf == "weight":
+                        module.weight, module.scale = quantize_rows(file.get_tensor(key))
+                        continue
+                    kept = torch.promote_types(dtype, torch.float32) if leaf in KEPT_WIDE else dtype
+                    # On the CPU the library returns a view of the file; a copy outlives it.
+                    tensor = file.get_tensor(key).to(kept, copy=device.type == "cpu")
+                    setattr(module, leaf, nn.Parameter(tensor))
     except torch.OutOfMemoryError:
-        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize / 2**30
+        size = weights_bytes(config, dtype.itemsize, int8) / 2**30
         raise CheckpointError(
             f"{folder} needs {size:.1f} GiB in {dtype}, more than {device} has free: use a smaller dtype or device cpu"
         ) from None
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"cannot read {name} of {folder} ({error})") from None
+    except NotFinite as error:
+        raise CheckpointError(f"{name} of {folder} cannot be int8: {error}") from None
     return model.eval(), _load_tokenizer(folder, config)
+
+
+def check_room(config, device, tokens, rows, int8=False, weight_bytes=2, work=0, held=0):
+    """Raise ValueError, in one sentence with what would fit (see `sizes.fits`), if the weights and `rows` rows of
+    `tokens` tokens do not fit on the torch.device. held: bytes of the weights that are on it already; work: bytes to
+    leave free beside them. A CPU refuses only what is larger than all the machine's memory."""
+    cuda = device.type == "cuda"
+    room, name = free_bytes(device) + held * cuda, str(device) if cuda else "this machine"
+    lacking = fits(config, room, tokens, rows, int8, work, weight_bytes, name)
+    if lacking:
+        raise ValueError(lacking)
 
 
 def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
@@ -90,7 +124,7 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
 
     tokenizer None leaves a tokenizer that is already there alone. Weights above max_shard_bytes are split into several
     files with an index. Other files in the folder are not touched. If this fails or is killed, the folder holds either
-    everything from before or everything new; see the top of the file. Raises CheckpointError.
+    everything from before or everything new; see the top of the file. Raises CheckpointError, also for an int8 model.
     """
     folder = Path(folder)
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
@@ -99,6 +133,11 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab_size} rows: "
             "save the tokenizer that the model was trained with"
+        )
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise CheckpointError(
+            "the model's weights are int8, which is a way to load a folder and not to store one: save the model that "
+            "was loaded without int8"
         )
     tensors, shards, room = model.state_dict(), [], 0
     for name, tensor in tensors.items():
@@ -190,26 +229,35 @@ def _weight_files(folder):
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: copy the weights there")
 
 
-def _match(folder, files, wanted):
-    """{our name: (open file, its key)} for every tensor in `wanted`, checked by the headers alone."""
-    sources = {}
-    for file in files:
-        for key in file.keys():
-            name = "backbone." + key.removeprefix("model.") if key.startswith("model.") else key
-            name = name.replace("backbone.embedding.", "backbone.embeddings.", 1)
-            if name in sources:
-                raise CheckpointError(f"{folder} holds the tensor {name} twice: remove one")
-            sources[name] = file, key
-    lacking, extra = [name for name in wanted if name not in sources], sorted(sources - wanted.keys())
+def _identity(path):
+    """Which file this is and when it was last written; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _match(folder, paths, wanted):
+    """{path: {our name: key in the file}} for every tensor in `wanted`, checked by the headers alone."""
+    keys, headers = {path: {} for path in paths}, {}
+    for path in paths:
+        with open_safetensors(path) as file:
+            for key in file.keys():
+                name = "backbone." + key.removeprefix("model.") if key.startswith("model.") else key
+                name = name.replace("backbone.embedding.", "backbone.embeddings.", 1)
+                if name in headers:
+                    raise CheckpointError(f"{folder} holds the tensor {name} twice: remove one")
+                header = file.get_slice(key)
+                keys[path][name], headers[name] = key, (tuple(header.get_shape()), header.get_dtype())
+    lacking, extra = [name for name in wanted if name not in headers], sorted(headers.keys() - wanted.keys())
     if lacking or extra:
         some = ", ".join((lacking or extra)[:3]) + ", ..." * (len(lacking or extra) > 3)
         what = f"lacks {len(lacking)} of the model's {len(wanted)} tensors"
         if not lacking:
             what = f"holds {len(extra)} tensors that the model of its config.json ({len(wanted)} tensors) does not have"
         raise CheckpointError(f"{folder} {what} ({some}): config and weights differ")
-    for name, (file, key) in sources.items():
-        header = file.get_slice(key)
-        shape, stored = tuple(header.get_shape()), header.get_dtype()
+    for name, (shape, stored) in headers.items():
         if shape != tuple(wanted[name].shape):
             asked = tuple(wanted[name].shape)
             raise CheckpointError(f"{name} has shape {shape} in {folder}, but its config.json asks for {asked}")
@@ -217,7 +265,7 @@ def _match(folder, files, wanted):
             raise CheckpointError(
                 f"{name} is stored as {stored} in {folder}; only {', '.join(FLOATS)} can be read: undo the quantisation"
             )
-    return sources
+    return keys
 
 
 def _load_tokenizer(folder, config):

@@ -107,6 +107,18 @@ def room_gib(device):
         return float("inf")
 
 
+def free_bytes(device):
+    """Bytes that new tensors can take. On a GPU: what is free on the card or kept in reserve by PyTorch, within the cap
+    of torch.cuda.set_per_process_memory_fraction. On a CPU simply all there is (see `room_gib`)."""
+    if device.type != "cuda":
+        return room_gib(device) * 2**30
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - held
+    return max(0, min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - held))
+
+
 def memory_gib(device):
     """The most memory held so far: on a GPU by tensors, on a CPU by the process."""
     if device.type == "cuda":

@@ -6,9 +6,15 @@ to the next that waits, while the others go on (continuous batching, Yu et al. 2
 not depend on its neighbours: only matrix products of another number of slots may round another way.
 
     start   short prompts together, padded on the left (the padding is another document, which nobody sees), in a
-            cache of their own, from which each row is copied into its slot; a long prompt alone, in place, in pieces
+            cache of their own, from which each row is copied into its slot; a long prompt alone, in place, in pieces:
+            what a prefill needs besides the cache depends on the piece, not on the prompt
     step    one token for every slot, each at its own position
     keep    fewer slots, when nobody waits and few are left (a slot costs the same whether a row is in it or not)
+
+On a GPU the step is a *CUDA graph*: the 9B's step is some 200 launches, and a processor needs longer to ask for them
+one by one than the GPU to run them. So they are recorded once, and replayed as one. A recording holds addresses, not
+values: tokens, lengths and caches stay where they are, the shapes too, and nothing in the step may ask the GPU for a
+number. `graph=False` runs the same calls one by one, and the tests hold the two together, to the bit.
 
 This file must not know sampling, budgets or text.
 """
@@ -17,7 +23,7 @@ import copy
 
 import torch
 
-PREFILL = 1024  # positions read in one call: bounds the (row, position, position) mask of a padded batch
+PREFILL = {"cpu": 1024, "cuda": 4096}  # positions read in one call: bounds what is computed and forgotten
 
 
 def row_of(cache, i):
@@ -34,31 +40,46 @@ def row_of(cache, i):
 
 
 class Engine:
-    """`count` slots of `max_length` positions on the model's device; what is said in them is decided elsewhere."""
+    """`count` slots of `max_length` positions on the model's device; what is said in them is decided elsewhere.
 
-    def __init__(self, model, count, max_length):
-        self.model = model
+    piece: positions of a prefill's piece (default: PREFILL). graph: whether steps are recorded (default: on a GPU).
+    """
+
+    def __init__(self, model, count, max_length, piece=None, graph=None):
+        self.model, self.max_length = model, max_length
         self.cache = model.new_cache(count, max_length)
+        self.piece = piece or PREFILL.get(self.device.type, 1024)
         self.lengths = [0] * count  # 0: the slot is empty
+        self.recorded = self.device.type == "cuda" if graph is None else graph
+        self._prepare()
+
+    def _prepare(self):
+        """Places for what the next steps are told, and no recording yet."""
+        self._inputs = torch.zeros(2, len(self.lengths), dtype=torch.int64, device=self.device)  # tokens, lengths
+        self._graph, self._steps, self._logits = None, 0, None
 
     @property
     def device(self):
         return self.model.lm_head.weight.device
 
     def start(self, slots, prompts):
-        """Prefill: slots[i] forgets its row and holds prompts[i] (lists of ids, none empty). Returns the stream at the
-        last position of each, (len(slots), d), in that order."""
+        """Prefill: slots[i] forgets its row and holds prompts[i] (lists of ids, none empty). Returns the logits after
+        each, (len(slots), vocab) float32, in that order."""
+        for prompt in prompts:
+            if not 0 < len(prompt) <= self.max_length:
+                raise ValueError(f"a prompt of {len(prompt)} tokens does not fit slots of {self.max_length} positions")
         found = [None] * len(slots)
-        short = [i for i, prompt in enumerate(prompts) if len(prompt) <= PREFILL] if len(slots) > 1 else []
-        if short:
-            together = self._start_together([slots[i] for i in short], [prompts[i] for i in short])
-            for i, x in zip(short, together):
-                found[i] = x
+        short = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.piece] if len(slots) > 1 else []
+        for together in _bundles(short, prompts, self.piece):
+            if len(together) > 1:
+                xs = self._start_together([slots[i] for i in together], [prompts[i] for i in together])
+                for i, x in zip(together, xs):
+                    found[i] = x
         for i, (slot, prompt) in enumerate(zip(slots, prompts)):
             if found[i] is None:
                 found[i] = self._read(row_of(self.cache, slot), torch.tensor([prompt], device=self.device), None)[0]
             self.lengths[slot] = len(prompt)
-        return torch.stack(found)
+        return self.model.lm_head(torch.stack(found)).float()
 
     def _start_together(self, slots, prompts):
         longest = max(map(len, prompts))
@@ -75,26 +96,68 @@ class Engine:
 
     def _read(self, cache, ids, seq_idx):
         """Prefill in pieces; the stream at the last position, (b, d)."""
-        for s in range(0, ids.shape[1], PREFILL):
-            part = None if seq_idx is None else seq_idx[:, s : s + PREFILL]
-            x = self.model.features(ids[:, s : s + PREFILL], cache, part)
+        for s in range(0, ids.shape[1], self.piece):
+            part = None if seq_idx is None else seq_idx[:, s : s + self.piece]
+            x = self.model.features(ids[:, s : s + self.piece], cache, part)
         return x[:, -1]
 
     def step(self, tokens):
-        """Feed tokens[i], a list, to slot i; the stream after them, (slots, d). An empty slot takes any token."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        x = self.model.step(torch.tensor(tokens, device=self.device), self.cache, lengths, max(self.lengths))
+        """Feed tokens[i] (a list, or a tensor on the device) to slot i; the logits after them, (slots, vocab) float32,
+        to be used before the next step overwrites them. An empty slot takes any token."""
+        if max(self.lengths) >= self.max_length:
+            slot = self.lengths.index(max(self.lengths))
+            raise ValueError(
+                f"slot {slot} is full: it has {self.max_length} positions; make the engine's max_length more"
+            )
+        if torch.is_tensor(tokens):
+            self._inputs[0].copy_(tokens)
+            self._inputs[1].copy_(torch.tensor(self.lengths))
+        else:
+            self._inputs.copy_(torch.tensor([tokens, self.lengths]))
+        if not self.recorded or self._steps == 0:  # the first step prepares what a recording may not: compiled kernels
+            self._logits = self._compute()
+        else:
+            if self._graph is None:
+                self._record()
+            self._graph.replay()
+        self._steps += 1
         self.lengths = [n + 1 if n else 0 for n in self.lengths]
-        return x
+        return self._logits
+
+    def _compute(self):
+        # where steps can be recorded, the mask of the plain attention is as long as it will ever be
+        longest = self.max_length - 1 if self.device.type == "cuda" else max(self.lengths)
+        return self.model.step(self._inputs[0], self.cache, self._inputs[1], longest)
+
+    def _record(self):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._compute()
 
     def stop(self, slot):
         """The slot's row has ended: what is in it will be overwritten."""
         self.lengths[slot] = 0
 
     def keep(self, slots):
-        """Keep only these slots, in this order; they are renumbered."""
-        rows = torch.tensor(slots, device=self.device)
+        """Keep only these slots, in ascending order; they are renumbered. The memory of the others stays reserved."""
         for layer in filter(None, self.cache.layers):
             for name, tensor in vars(layer).items():
-                setattr(layer, name, tensor[rows])
+                for i, slot in enumerate(slots):
+                    if i != slot:
+                        tensor[i].copy_(tensor[slot])
+                setattr(layer, name, tensor[: len(slots)])
         self.cache.batch_size, self.lengths = len(slots), [self.lengths[i] for i in slots]
+        self._prepare()
+
+
+def _bundles(short, prompts, piece):
+    """The indices in `short`, in runs whose padded prompts are at most `piece` tokens together, or one prompt."""
+    bundle = []
+    for i in short:
+        longest = max(len(prompts[j]) for j in [*bundle, i])
+        if bundle and longest * (len(bundle) + 1) > piece:
+            yield bundle
+            bundle = []
+        bundle.append(i)
+    if bundle:
+        yield bundle

@@ -8,34 +8,35 @@ and values for each attention layer. Then every step feeds one token a row and r
 
 What a row says is the model's choice, except where its thinking budget (see budget.py) dictates the next tokens.
 
-Top to bottom: the choice of a token (`sample`), the loop (`generate`), conversations (`chat_prompt`, `answer`), the
-script.
+Top to bottom: the choice of a token (`sample`), the loop (`generate`) and what it took (`Speed`), conversations
+(`chat_prompt`, `answer`), the script, whose flags and screen are in chat.py.
 
     python generate.py "What is 47 + 85?"          one question, or several
     python generate.py                             a chat in the terminal
     python generate.py --json --file questions.txt  one JSON object a line
 
 Why this is written by hand and what the library does better. A serving engine (vLLM, TensorRT-LLM, NIM) pages its
-caches, captures the step in a graph and talks to many callers at once; transformers' `generate` has thirty more ways
-to choose a token. Here the loop is forty lines that one can step through. This file must not know training.
+caches, shares them between prompts that begin alike, and talks to many callers at once; transformers' `generate` has
+thirty more ways to choose a token. Here the loop is forty lines that one can step through. This file must not know
+training.
 """
 
-import argparse
 import math
-import os
 import sys
 import time
 from collections import Counter, deque
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from device import choose_device, choose_impl  # isort: skip  (before torch)
+from device import choose_device, choose_impl, free_bytes  # isort: skip  (before torch)
 import torch
 
 from budget import GRACE, ThinkState, opens_thought
-from checkpoint import load_pretrained
-from engine import Engine
-from model import memory_bytes
+from chat import Printer, converse, most_tokens, parse
+from checkpoint import check_room, load_pretrained
+from engine import PREFILL, Engine
+from sizes import count_parameters, largest_batch, step_bytes, weights_bytes, work_bytes
 from template import check_messages, clean
 
 ROWS = {"cpu": 64, "cuda": 512}  # rows in one batch; on a CPU more are slower, once their states outgrow its caches
@@ -85,6 +86,32 @@ def row_uniforms(prompts, steps, seed):
 # The loop
 
 
+@dataclass
+class Speed:
+    """What calls of `generate` took: give each the same one, and print it.
+
+    A prefill reads a prompt and chooses the row's first token, a step chooses the next token of all rows at once. The
+    seconds are the host's, for the whole turn of the loop: choosing waits for the device. moved: the bytes that these
+    steps could not avoid moving (`step_bytes`); over their seconds it is the memory bandwidth achieved.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    tokens: int = 0  # said, those of the prefills too
+    steps: int = 0
+    step_seconds: float = 0.0
+    moved: int = 0
+
+    def __str__(self):
+        first, then = self.prefill_seconds, self.step_seconds
+        line = f"{self.tokens:,} tokens in {first + then:.1f} s: prefill {self.prompt_tokens:,} tokens {first:.2f} s"
+        if self.steps:
+            line += f"; {self.steps:,} steps of {1000 * then / self.steps:.1f} ms, "
+            line += f"{(self.tokens - self.rows) / then:,.0f} tokens/s, {self.moved / then / 1e9:.2f} GB/s moved"
+        return line
+
+
 class _Row:
     """One prompt being answered: its place in the caller's list, its state, what it said, what it must say next."""
 
@@ -105,7 +132,7 @@ class _Row:
 @torch.inference_mode()
 def generate(
     model, tokenizer, prompts, max_new_tokens=512, temperature=0.0, top_p=1.0,
-    thinking=None, thinking_budget=None, budget_rule="report", seed=0, on_token=None,
+    thinking=None, thinking_budget=None, budget_rule="report", seed=0, on_token=None, speed=None,
 ):  # fmt: skip
     """Answer a batch of prompts (lists of token ids, of any lengths); returns a `Completion` for each, in order.
 
@@ -114,7 +141,8 @@ def generate(
     (as far as rounding goes: matrix products of another shape may round another way).
     thinking: whether the prompts end inside an open `<think>\\n`: a bool, a list of one a row, or None to look at
     each prompt's end. thinking_budget: None (no limit), a number of tokens, or a list of one a row; budget_rule:
-    "report", "client" or "nim", see `ThinkState`. on_token(row, token, state) is called after every token of every row.
+    "report", "client" or "nim", see `ThinkState`. on_token(row, token, state) is called after every token of every row;
+    speed, a `Speed`, is told how long it all took.
 
     As many rows run together as ROWS says and memory allows; who ends makes room for the next (see engine.py).
     Raises ValueError for bad arguments, before any computing.
@@ -139,35 +167,42 @@ def generate(
         return sample(logits, temperature, top_p, u).tolist()
 
     by_length = sorted(rows, key=lambda row: len(row.prompt))  # prompts of a batch alike: less padding
-    at_once = _rows_at_once(model, len(by_length[-1].prompt) + max_new_tokens)
+    at_once, piece = _rows_at_once(model, len(by_length[-1].prompt) + max_new_tokens)
     was_training = model.training
     model.eval()
     try:
-        _run(model, tokenizer, by_length, min(at_once, len(rows)), max_new_tokens, choose, on_token)
+        engine = Engine(model, min(at_once, len(rows)), len(by_length[-1].prompt) + max_new_tokens, piece)
+        _run(engine, tokenizer, by_length, max_new_tokens, choose, on_token, speed or Speed())
     finally:
         model.train(was_training)
     return [row.state.completion(tokenizer.decode(row.prompt), row.ids) for row in rows]
 
 
 def _rows_at_once(model, tokens):
-    """How many rows of that many tokens to run together: what ROWS says, less if the GPU's memory is short."""
-    weight = model.lm_head.weight
-    most = ROWS.get(weight.device.type, 64)
+    """(rows, piece): how many rows of that many tokens to run together, what ROWS says or what the GPU has memory for,
+    and in pieces of how many tokens to read prompts (None: the engine's own choice). ValueError if not one row fits."""
+    weight, config, int8 = model.lm_head.weight, model.config, _is_int8(model)
+    most, size = ROWS.get(weight.device.type, 64), weight.element_size()
     if weight.device.type != "cuda":
-        return most
-    need = memory_bytes(model.config, tokens, 1, 0, weight.element_size())["total"]
-    free, _ = torch.cuda.mem_get_info(weight.device)
-    return max(1, min(most, int(free / (2.5 * need))))  # cache, its copy when rows are dropped, activations
+        return most, None
+    held = weights_bytes(config, size, int8)
+    for piece in (PREFILL["cuda"], PREFILL["cuda"] // 16):
+        work = work_bytes(config, piece, weight_bytes=size) * (1 if model.impl == "triton" else 3)
+        rows = largest_batch(config, free_bytes(weight.device) + held, tokens, int8, work, size)
+        if rows:
+            return min(rows, most), piece
+    check_room(config, weight.device, tokens, 1, int8, size, work, held)
+    return 1, piece
 
 
-def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
-    """Fill in the rows, `count` of them at a time."""
-    engine = Engine(model, count, max(len(row.prompt) for row in rows) + max_new_tokens)
-    waiting, slots = deque(rows), [None] * count  # who sits where
+def _is_int8(model):
+    return any(buffer.dtype == torch.int8 for buffer in model.buffers())
 
-    def head(x):
-        """Logits (b, vocab) of the stream x (b, d), only of ids that the tokenizer has."""
-        return model.lm_head(x)[:, : tokenizer.vocab_size].float()
+
+def _run(engine, tokenizer, rows, max_new_tokens, choose, on_token, speed):
+    """Fill in the rows, as many at a time as the engine has slots; add to speed what it took."""
+    model, waiting, slots = engine.model, deque(rows), [None] * len(engine.lengths)  # who sits where
+    size, int8 = model.lm_head.weight.element_size(), _is_int8(model)
 
     def advance(places, logits):
         """Choose the next token of the rows in these places."""
@@ -179,19 +214,22 @@ def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
             if row.done or len(row.ids) == max_new_tokens:
                 slots[place] = None
                 engine.stop(place)
+        speed.tokens += len(places)
 
     while True:
+        began = time.perf_counter()
         empty = [i for i, row in enumerate(slots) if row is None]
         if waiting and len(empty) >= JOIN * len(slots):
             joining = empty[: len(waiting)]
             for place in joining:
                 slots[place] = waiting.popleft()
-            logits = head(engine.start(joining, [slots[place].prompt for place in joining]))
+            logits = engine.start(joining, [slots[place].prompt for place in joining])[:, : tokenizer.vocab_size]
             if not torch.isfinite(logits).all():
-                raise ValueError(
-                    "the model's logits are not finite numbers: its weights are damaged, or training diverged"
-                )
+                raise ValueError("logits are not finite numbers: the model's weights are damaged, or training diverged")
+            speed.rows += len(joining)
+            speed.prompt_tokens += sum(len(slots[place].prompt) for place in joining)
             advance(joining, logits)
+            speed.prefill_seconds += time.perf_counter() - began
             continue  # some may have ended already
         running = [i for i, row in enumerate(slots) if row is not None]
         if not running:
@@ -200,8 +238,11 @@ def _run(model, tokenizer, rows, count, max_new_tokens, choose, on_token):
             engine.keep(running)
             slots = [slots[i] for i in running]
             running = list(range(len(slots)))
-        x = engine.step([0 if row is None else row.ids[-1] for row in slots])
-        advance(running, head(x[running]))
+        speed.moved += step_bytes(model.config, [n for n in engine.lengths if n], size, size, int8=int8)
+        logits = engine.step([0 if row is None else row.ids[-1] for row in slots])
+        advance(running, logits[running, : tokenizer.vocab_size])
+        speed.steps += 1
+        speed.step_seconds += time.perf_counter() - began
 
 
 def _check_options(max_new_tokens, temperature, top_p, thinking_budget, budget_rule):
@@ -269,64 +310,17 @@ def complete_chat(model, tokenizer, messages, thinking=True, **options):
 
 def answer(model, tokenizer, question, system="", thinking=True, **options):
     """One question, one `Completion`, whose `prompt` is the question. Options as in `generate`."""
-    completion = complete_chat(model, tokenizer, _asked(question, _system(system)), thinking, **options)
+    completion = complete_chat(model, tokenizer, _asked(question, system), thinking, **options)
     completion.prompt = question
     return completion
 
 
-def _system(text):
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _asked(question, before):
-    return [*before, {"role": "user", "content": question}]
+def _asked(question, system):
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The script
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; see --help")
-
-
-def _parser():
-    p = _Parser(prog="generate.py", description="Ask a model, or chat with it.", allow_abbrev=False)
-    flag = p.add_argument
-    flag("question", nargs="*", help="questions to answer; without any (and without --file) a chat is opened")
-    flag("--checkpoint", default="out", metavar="DIR", help="folder of the model and its tokenizer (default: out)")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
-    flag(
-        "--impl", default="auto", choices=["auto", "torch", "triton"],
-        help="who computes the Mamba-2 layers: PyTorch, or the Triton kernels (a GPU); auto chooses and says why",
-    )  # fmt: skip
-    flag(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="auto: the dtype that the checkpoint was saved in; when memory runs out, bfloat16",
-    )  # fmt: skip
-    flag(
-        "--temperature", type=float, default=0.0,
-        help="0, the default, is greedy: small models are best so, and the same question gets the same answer; for the "
-        "released models use 0.6 with --top-p 0.95 when they think",
-    )  # fmt: skip
-    flag("--top-p", type=float, default=1.0, help="draw from the most likely tokens that make up this mass (default 1)")
-    flag(
-        "--max-new-tokens", type=int,
-        help="bound for thought and answer together (default 512, or what the budget needs); lower it when memory "
-        "runs out",
-    )  # fmt: skip
-    flag("--thinking-budget", type=int, metavar="N", help="close the thought after about N tokens (default: no limit)")
-    flag(
-        "--budget-rule", default="report", choices=list(GRACE),
-        help="report: at the next newline after N, at most 500 tokens later; nim: at most N/10 later; client: at N",
-    )  # fmt: skip
-    flag("--no-think", action="store_true", help="answer without a thought")
-    flag("--system", default="", metavar="TEXT", help="system message")
-    flag("--seed", type=int, default=0, help="of the draws, when the temperature is above 0")
-    flag("--json", action="store_true", help="one JSON object a prompt on stdout")
-    flag("--file", metavar="FILE", help="a UTF-8 text file with one question a line; blank lines are skipped")
-    return p
 
 
 def main(argv=None):
@@ -334,11 +328,11 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
-        return _script(_parser().parse_args(argv))
+        return _script(parse(argv))
     except ValueError as error:
         print(f"generate.py: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        print("generate.py: out of memory: lower --max-new-tokens, or use --dtype bfloat16", file=sys.stderr)
+        print("generate.py: out of memory: lower --max-new-tokens, or use --dtype bfloat16 or --int8", file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -346,70 +340,45 @@ def main(argv=None):
 
 
 def _script(args):
-    # Everything that can be wrong is looked at before the model is read, which may take minutes.
-    questions = args.question + ([] if args.file is None else _read_questions(args.file))
-    if any(not q.strip() for q in questions):
-        raise ValueError("a question is empty: put text between the quotes")
-    if args.json and not questions:
-        raise ValueError("--json needs questions: give them on the command line or with --file")
-    _check_options(_room(args), args.temperature, args.top_p, [args.thinking_budget], args.budget_rule)
+    thinking, budget, speed = not args.no_think, args.thinking_budget, Speed()
+    room = most_tokens(args, budget, thinking)
+    _check_options(room, args.temperature, args.top_p, [budget], args.budget_rule)  # before the model is read
+    model, tokenizer = _load(args, room)
+    options = {k: getattr(args, k) for k in ("temperature", "top_p", "seed", "budget_rule")} | {"speed": speed}
 
-    model, tokenizer = _load(args)
-    options = {k: getattr(args, k) for k in ("temperature", "top_p", "seed", "thinking_budget", "budget_rule")}
-    options["max_new_tokens"] = _room(args)
-    began = time.perf_counter()
-    if questions:
-        tokens, seconds = _answer_all(model, tokenizer, args, questions, options), time.perf_counter() - began
+    def complete(messages, thinking, budget, on_token):
+        limits = dict(max_new_tokens=most_tokens(args, budget), thinking_budget=budget)
+        return complete_chat(model, tokenizer, messages, thinking, on_token=on_token, **limits, **options)
+
+    if args.question:
+        options |= dict(max_new_tokens=room, thinking_budget=budget)
+        _answer_all(model, tokenizer, args, options)
     else:
-        tokens, seconds = _chat(model, tokenizer, args, options)
-    if tokens:
-        print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s", file=sys.stderr)
+        converse(complete, args.system, thinking, budget)
+    if speed.tokens:
+        print(speed, file=sys.stderr)
     return 0
 
 
-def _answer_all(model, tokenizer, args, questions, options):
-    """Answer and print; returns the number of tokens said."""
-    prompts = [chat_prompt(tokenizer, _asked(q, _system(args.system)), not args.no_think) for q in questions]
-    only = _Printer() if len(questions) == 1 and not args.json else None  # shown as it comes
-    tokens, at_once = 0, 8 * ROWS["cpu"]  # so that a long file shows its first answers early
+def _answer_all(model, tokenizer, args, options):
+    """Answer the questions and print."""
+    questions = args.question
+    prompts = [chat_prompt(tokenizer, _asked(q, args.system), not args.no_think) for q in questions]
+    only = Printer() if len(questions) == 1 and not args.json else None  # shown as it comes
+    at_once = 8 * ROWS["cpu"]  # so that a long file shows its first answers early
     for i in range(0, len(prompts), at_once):
         for j, c in enumerate(generate(model, tokenizer, prompts[i : i + at_once], on_token=only, **options)):
             c.prompt = questions[i + j]
-            tokens += len(c.ids)
             if args.json:
                 print(c.to_json(), flush=True)
             elif only:
                 only.finish(c)
             else:
                 print(f"> {c.prompt}")
-                _Printer().finish(c)
-    return tokens
+                Printer().finish(c)
 
 
-def _room(args):
-    """--max-new-tokens, or 512, or with a budget enough for the latest forced close and 256 tokens of answer."""
-    if args.max_new_tokens is not None:
-        return args.max_new_tokens
-    budget = args.thinking_budget
-    return 512 if budget is None or args.no_think else max(512, budget + GRACE[args.budget_rule](budget) + 256)
-
-
-def _read_questions(path):
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give a text file with one question a line") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#x})") from None
-    if "\0" in text:
-        raise ValueError(f"{path} is not text: it has zero bytes")
-    questions = [line.strip() for line in text.splitlines() if line.strip()]
-    if not questions:
-        raise ValueError(f"{path} is empty: write one question a line")
-    return questions
-
-
-def _load(args):
+def _load(args, room):
     """Device, dtype, model and tokenizer, with the reasons on stderr."""
     device, why_device = choose_device(args.device)
     choose_impl(args.impl, device)  # a wish that cannot be met is said before anything is loaded
@@ -418,100 +387,21 @@ def _load(args):
         dtype, why_dtype = torch.float32, "this GPU has no bfloat16"
     if not Path(args.checkpoint).exists():
         raise ValueError(f"{args.checkpoint} does not exist: train one with `python train.py`, or give --checkpoint")
-    model, tokenizer = load_pretrained(args.checkpoint, device, dtype)
+    model, tokenizer = load_pretrained(args.checkpoint, device, dtype, int8=args.int8)
     impl, why_impl = choose_impl(args.impl, device, model.config)
     model.use(impl)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer: copy its tokenizer.json there")
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    parameters = sum(p.numel() for p in model.parameters())
+    dtype, parameters = str(model.lm_head.weight.dtype).removeprefix("torch."), count_parameters(model.config)["total"]
     how = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
+    dtype += ", large matrices int8" * args.int8
     print(
         f"{args.checkpoint}: {parameters:,} parameters, {model.config.hybrid_override_pattern}\n"
         f"device {device} ({why_device}), {dtype} ({why_dtype}), impl {impl} ({why_impl}), "
-        f"{how}, at most {_room(args)} new tokens",
+        f"{how}, at most {room} new tokens",
         file=sys.stderr,
     )
     return model, tokenizer
-
-
-class _Printer:
-    """Shows a response as it comes: the thought dim, the answer plain. Pass it to `generate` as `on_token`.
-
-    No colours when stdout is not a terminal or NO_COLOR is set.
-    """
-
-    def __init__(self):
-        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.shown = {}  # part -> its text so far
-
-    def __call__(self, row, token, state):
-        self.show(*state.so_far())
-
-    def show(self, thought, answer):
-        """Print what is new in either part."""
-        for part, text in (("thought", thought), ("answer", answer)):
-            new = text[len(self.shown.get(part, "")) :]
-            if not new:
-                continue
-            if part not in self.shown:
-                new = f"[{part}]\n{new}"
-                print("\n" if self.shown else "", end="")
-            self.shown[part] = text
-            print(f"\033[2m{new}\033[0m" if self.colour and part == "thought" else new, end="", flush=True)
-
-    def finish(self, c):
-        """End the response of a Completion: show what is left of it, and a line that tells what it took."""
-        self.show(c.thought, c.answer)
-        print("\n" if self.shown else "", end="")
-        took = f"{c.answer_tokens} tokens answer"
-        if c.thinking_tokens or c.closed_by != "none":
-            end = {"model": "closed by the model", "newline": "closed by the budget at a newline"}
-            end |= {"forced": "closed by the budget, forced", "none": "never closed"}
-            took = f"{c.thinking_tokens} tokens thought ({end[c.closed_by]}), {took}"
-        print(f"({took})\n", flush=True)
-
-
-def _chat(model, tokenizer, args, options):
-    """The terminal chat; returns tokens said and seconds taken.
-
-    Earlier thoughts stay in `messages`; the chat template leaves them out of the next prompt.
-    """
-    messages, thinking, tokens, seconds = _system(args.system), not args.no_think, 0, 0.0
-    tell = lambda text: print(text, file=sys.stderr)
-    tell("/think  /no_think  /budget N (or off)  /new  /quit")
-    try:
-        while True:
-            text = input("> ").strip()
-            command, _, value = text.partition(" ")
-            if command == "/quit":
-                break
-            if text in ("/think", "/no_think"):
-                thinking = text == "/think"
-                tell(f"thinking {'on' if thinking else 'off'}")
-            elif command == "/budget" and (value.strip() == "off" or value.strip().isdecimal()):
-                args.thinking_budget = None if value.strip() == "off" else int(value)
-                options |= dict(thinking_budget=args.thinking_budget, max_new_tokens=_room(args))
-                tell(f"thinking budget {value.strip()}")
-            elif command == "/budget":
-                tell("/budget wants a number of tokens of at least 0, or off")
-            elif command == "/new":
-                messages = _system(args.system)
-                tell("a new conversation")
-            elif text:
-                asked, began, printer = _asked(text, messages), time.perf_counter(), _Printer()
-                try:
-                    c = complete_chat(model, tokenizer, asked, thinking, on_token=printer, **options)
-                except ValueError as error:
-                    tell(error)
-                    continue
-                printer.finish(c)
-                messages = [*asked, {"role": "assistant", "content": f"{c.thought}\n</think>\n{c.answer}"}]
-                seconds += time.perf_counter() - began
-                tokens += len(c.ids)
-    except (EOFError, KeyboardInterrupt):
-        print()
-    return tokens, seconds
 
 
 if __name__ == "__main__":

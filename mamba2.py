@@ -284,7 +284,7 @@ class Mamba2State:
     """What one Mamba-2 layer remembers of a row: the same few numbers after ten tokens or after a million.
 
     window (b, k-1, channels): the last inputs of the convolution, in the model's dtype.
-    ssm (b, h, p, n): the state, float32.
+    ssm (b, h, p, n): the state, float32; another dtype only if it was asked for.
     """
 
     def __init__(self, window, ssm):
@@ -332,18 +332,22 @@ class Mamba2Mixer(nn.Module):
         self.impl = "torch"  # or "triton": kernels/mixer.py in the place of everything between the two projections
         self.out_proj = nn.Linear(self.inner, hidden_size, bias=use_bias)
 
-    def new_state(self, batch_size, device, dtype):
+    def new_state(self, batch_size, device, dtype, ssm_dtype=None):
+        """An empty Mamba2State. ssm_dtype: what the SSM state is kept in between calls; None is float32 (float64 if
+        dtype is). A narrower one is there to be measured: the arithmetic stays wide, but every call rounds the state
+        (notebooks/ssm_cache_twin.py)."""
+        ssm_dtype = torch.promote_types(dtype, torch.float32) if ssm_dtype is None else ssm_dtype
+        if not ssm_dtype.is_floating_point:
+            raise ValueError(f"ssm_dtype {ssm_dtype} cannot hold a state: use None (float32) or torch.bfloat16")
         k = self.conv1d.kernel_size[0]
         return Mamba2State(
             torch.zeros(batch_size, k - 1, self.conv_channels, device=device, dtype=dtype),
-            torch.zeros(
-                batch_size, self.h, self.p, self.n, device=device, dtype=torch.promote_types(dtype, torch.float32)
-            ),
+            torch.zeros(batch_size, self.h, self.p, self.n, device=device, dtype=ssm_dtype),
         )
 
     def forward(self, u, state=None, seq_idx=None):
         """u (b, l, d) -> (b, l, d). A `state` is read and updated in place; `seq_idx` (b, l) marks packed documents."""
-        if self.impl == "triton":
+        if self.impl == "triton" and (state is None or state.ssm.dtype == torch.float32):
             from kernels import mixer
 
             return mixer.forward(self, u, state, seq_idx)
@@ -372,9 +376,11 @@ class Mamba2Mixer(nn.Module):
             else:
                 state.window.copy_(window)
                 if l == 1:
-                    y, _ = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
+                    ssm = state.ssm.to(torch.promote_types(state.ssm.dtype, torch.float32))  # itself, if not narrow
+                    y, ssm = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
                     y = y[:, None]
                 else:
                     y, ssm = scan(x, dt, A, B, C, self.D, state.ssm, seq_idx, self.chunk_size)
+                if ssm is not state.ssm:
                     state.ssm.copy_(ssm)
         return self.out_proj(self.norm(y.flatten(-2), z))

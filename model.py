@@ -1,4 +1,4 @@
-"""The hybrid model: a config, a stack drawn from a pattern string, and the arithmetic of its size.
+"""The hybrid model: a config, and a stack drawn from a pattern string.
 
 A model is a string. Each letter is one residual layer with one norm and one mixer:
 
@@ -8,7 +8,7 @@ so `M-M*-M-` is seven layers. The released 12B is 62 letters, the 9B 56, our 1:1
 code below, with the field names of the released config.json and the tensor names of the released checkpoints, so that
 a checkpoint folder loads without a renaming table. This file must not know training or text.
 
-Source: report section 2.1 (architecture), 4 (compressed shapes, memory budget); released config files; initialisation
+Source: report section 2.1 (architecture), 4 (compressed shapes); released config files; initialisation
 as in Megatron-LM, which trained the released models.
 """
 
@@ -148,8 +148,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.impl = "torch"  # or "triton": kernels/norm.py, one pass over x instead of seven; for inference
 
     def forward(self, x):
+        if self.impl == "triton" and not torch.is_grad_enabled():
+            from kernels import norm
+
+            return norm.rms_norm(x, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         v = x.to(wide)
         v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + self.eps)
@@ -166,7 +171,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        h = self.up_proj(x)
+        h = (
+            F.relu(h).square() if torch.is_grad_enabled() else h.relu_().square_()
+        )  # in place: h is the largest there is
+        return self.down_proj(h)
 
 
 class Block(nn.Module):
@@ -174,7 +183,7 @@ class Block(nn.Module):
 
     def __init__(self, config, letter):
         super().__init__()
-        c, self.letter = config, letter
+        c, self.letter, self.impl = config, letter, "torch"
         self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         if letter == "M":
             self.mixer = Mamba2Mixer(
@@ -189,11 +198,17 @@ class Block(nn.Module):
             self.mixer = MLP(c.hidden_size, c.intermediate_size, c.mlp_bias)
 
     def step(self, x, layer_cache, lengths, mask):
-        """One token a row, of rows of different lengths: see `NemotronH.step`."""
-        u = self.norm(x)
+        """One token a row, x (b, d), of rows of different lengths: see `NemotronH.step`."""
+        if self.impl == "triton":
+            from kernels import step
+
+            return step.block(self, x, layer_cache, lengths)
+        u = self.norm(x)[:, None]
         if self.letter == "*":
-            return x + self.mixer.step(u, layer_cache, lengths, mask)
-        return x + (self.mixer(u, layer_cache) if self.letter == "M" else self.mixer(u))
+            y = self.mixer.step(u, layer_cache, lengths, mask)
+        else:
+            y = self.mixer(u, layer_cache) if self.letter == "M" else self.mixer(u)
+        return x + y[:, 0]
 
     def forward(self, x, layer_cache=None, start=0, seq_idx=None, mask=None):
         u = self.norm(x)
@@ -219,13 +234,13 @@ class Cache:
     seq_idx (b, max_length) or None: the document of every cached position, once a call has named documents.
     """
 
-    def __init__(self, model, batch_size, max_length):
+    def __init__(self, model, batch_size, max_length, ssm_dtype=None):
         weight, c = model.lm_head.weight, model.config
         self.batch_size, self.max_length, self.length, self.seq_idx = batch_size, max_length, 0, None
         self.layers = []
         for block in model.backbone.layers:
             if block.letter == "M":
-                self.layers.append(block.mixer.new_state(batch_size, weight.device, weight.dtype))
+                self.layers.append(block.mixer.new_state(batch_size, weight.device, weight.dtype, ssm_dtype))
             elif block.letter == "*":
                 self.layers.append(
                     KVCache(batch_size, c.num_key_value_heads, max_length, c.head_dim, weight.device, weight.dtype)
@@ -276,7 +291,7 @@ class NemotronH(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.impl = config, "torch"
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if self.lm_head.weight.device.type != "meta":
@@ -313,26 +328,35 @@ class NemotronH(nn.Module):
         return self.backbone.norm_f(x)
 
     def step(self, tokens, cache, lengths, longest):
-        """The stream after the final norm for one more token a row, (b, d), where rows have lengths of their own.
+        """Logits (b, vocab) after one more token a row, where rows have lengths of their own.
 
         tokens and lengths (b,) int64: row i's token goes to its position lengths[i], at most `longest`. The cache is
-        used as a place for rows and updated in place; its own `length` says nothing here."""
-        mine = torch.arange(longest + 1, device=tokens.device) <= lengths[:, None]
-        x = self.backbone.embeddings(tokens[:, None])
+        used as a place for rows and updated in place; its own `length` says nothing here. Nothing in here waits for the
+        device or depends on values, so the call can be captured in a CUDA graph (engine.py)."""
+        mask = None
+        if self.impl != "triton":  # whose kernel looks at the lengths themselves
+            mask = (torch.arange(longest + 1, device=tokens.device) <= lengths[:, None])[:, None, None]
+        x = self.backbone.embeddings(tokens)
         for block, layer_cache in zip(self.backbone.layers, cache.layers):
-            x = block.step(x, layer_cache, lengths, mine[:, None, None])
-        return self.backbone.norm_f(x)[:, 0]
+            x = block.step(x, layer_cache, lengths, mask)
+        if self.impl == "triton":
+            from kernels import step
+
+            return step.head(self, x).float()
+        return self.lm_head(self.backbone.norm_f(x)).float()
 
     def use(self, impl):
-        """Let all Mamba-2 layers compute with "torch" or "triton" (device.choose_impl says which can be had)."""
-        for block in self.backbone.layers:
-            if block.letter == "M":
-                block.mixer.impl = impl
+        """Let "torch" or "triton" (device.choose_impl says which can be had) compute the Mamba-2 layers between their
+        projections, and without gradients also norms and decode steps."""
+        for module in self.modules():  # the model itself, blocks, norms, mixers, int8 matrices
+            if hasattr(module, "impl"):
+                module.impl = impl
         return self
 
-    def new_cache(self, batch_size, max_length):
-        """An empty Cache for `batch_size` rows of at most `max_length` positions, on the model's device and dtype."""
-        return Cache(self, batch_size, max_length)
+    def new_cache(self, batch_size, max_length, ssm_dtype=None):
+        """An empty Cache for `batch_size` rows of at most `max_length` positions, on the model's device and dtype; the
+        SSM states in float32, or in ssm_dtype (see Mamba2Mixer.new_state)."""
+        return Cache(self, batch_size, max_length, ssm_dtype)
 
     @torch.no_grad()
     def init_weights(self):
@@ -355,59 +379,6 @@ class NemotronH(nn.Module):
         # conv1d keeps PyTorch's default, uniform in +-1/sqrt(k); norms start at 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic: parameters, memory, FLOPs. Formulas first; the tests hold them against live models.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def count_parameters(config):
-    """Parameters by kind, from the formula: {"mamba", "attention", "mlp", "embedding", "head", "norm", "total"}."""
-    c, pattern = config, config.hybrid_override_pattern
-    d, i, h, cc = c.hidden_size, c.mamba_inner, c.mamba_num_heads, c.conv_channels
-    mamba = d * (i + cc + h) + cc * (c.conv_kernel + c.use_conv_bias) + 3 * h + i + i * d
-    mamba += c.use_bias * (i + cc + h + d)
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = d * (q + 2 * kv) + q * d + c.attention_bias * (q + 2 * kv + d)
-    mlp = 2 * d * c.intermediate_size + c.mlp_bias * (d + c.intermediate_size)
-    counts = {
-        "mamba": mamba * pattern.count("M"),
-        "attention": attention * pattern.count("*"),
-        "mlp": mlp * pattern.count("-"),
-        "embedding": c.vocab_size * d,
-        "head": c.vocab_size * d,
-        "norm": (len(pattern) + 1) * d,
-    }
-    return counts | {"total": sum(counts.values())}
-
-
-def memory_bytes(config, tokens, batch_size=1, weight_bytes=2, kv_bytes=2, ssm_bytes=4):
-    """Bytes to hold the weights and the caches of `batch_size` rows of `tokens` tokens (report section 4; activations
-    not counted). Returns {"weights", "kv", "ssm", "conv", "total"}."""
-    c, pattern = config, config.hybrid_override_pattern
-    kv = 2 * c.num_key_value_heads * c.head_dim * tokens * kv_bytes * pattern.count("*")
-    ssm = c.mamba_inner * c.ssm_state_size * ssm_bytes * pattern.count("M")
-    conv = c.conv_channels * (c.conv_kernel - 1) * weight_bytes * pattern.count("M")
-    parts = {
-        "weights": count_parameters(c)["total"] * weight_bytes,
-        "kv": kv * batch_size,
-        "ssm": ssm * batch_size,
-        "conv": conv * batch_size,
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def flops_per_token(config, length):
-    """Forward FLOPs a token in a row of `length` tokens: 2 for each weight of each matrix, plus attention's and the
-    scan's own products (causal halves counted as halves). Training costs three times this."""
-    c, pattern = config, config.hybrid_override_pattern
-    counts = count_parameters(c)
-    matmul = counts["mamba"] + counts["attention"] + counts["mlp"] + counts["head"]
-    attention = 2 * c.num_attention_heads * c.head_dim * length  # scores and values, half of them masked
-    q = min(c.chunk_size, length)
-    scan = q * c.n_groups * c.ssm_state_size + q * c.mamba_inner + 4 * c.mamba_inner * c.ssm_state_size
-    return 2 * matmul + attention * pattern.count("*") + scan * pattern.count("M")
-
-
 def build(preset_or_config, device="cpu", dtype=torch.float32):
     """A freshly initialised model from a preset's name or a ModelConfig."""
     config = preset_or_config
@@ -417,12 +388,3 @@ def build(preset_or_config, device="cpu", dtype=torch.float32):
         config = replace(PRESETS[config])
     with torch.device(device):
         return NemotronH(config).to(dtype)
-
-
-def describe(config):
-    """Two lines for the start-up report: the pattern drawn, and the parameters by kind."""
-    counts = count_parameters(config)
-    kinds = ", ".join(f"{k} {v / counts['total']:.0%}" for k, v in counts.items() if k != "total")
-    pattern = config.hybrid_override_pattern
-    made_of = ", ".join(f"{pattern.count(letter)} {name}" for letter, name in LETTERS.items())
-    return f"{pattern}  ({len(pattern)} layers: {made_of})\n{counts['total']:,} parameters: {kinds}"

@@ -37,7 +37,8 @@ import resume
 import tasks
 from generate import answer
 from loss import next_token_loss
-from model import PRESETS, build, count_parameters, describe, flops_per_token
+from model import PRESETS, build
+from sizes import count_parameters, describe, flops_per_token
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from benchmarks.floors import floor_ms
 from benchmarks.timing import OURS, PEER, PLAIN
 
-START, END = "<!-- bench kernels -->", "<!-- /bench kernels -->"
 ERROR_BAR = 1.5  # our error over mamba_ssm's
 
 
@@ -135,10 +134,12 @@ def tables(record):
     return "\n\n".join(parts)
 
 
-def rewrite(text, section):
-    """The text with `section` between its two markers. ValueError if they are not there, once each and in order."""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+def rewrite(text, section, name="kernels"):
+    """The text with `section` between the two markers of that name. ValueError if they are not there, once each and in
+    order."""
+    start, end = f"<!-- bench {name} -->", f"<!-- /bench {name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(
-            f"RESULTS.md must hold {START} and, after it, {END}, once each: add the two lines, then --write"
+            f"RESULTS.md must hold {start} and, after it, {end}, once each: add the two lines, then --write"
         )
-    return text[: text.index(START) + len(START)] + f"\n{section}\n" + text[text.index(END) :]
+    return text[: text.index(start) + len(start)] + f"\n{section}\n" + text[text.index(end) :]

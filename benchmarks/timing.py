@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 import os
+import platform
 import re
 import statistics
 import sys
@@ -20,6 +21,15 @@ import torch
 
 L2_BYTES = 60e6  # of an H100 or H200
 OURS, PEER, PLAIN = "nano2", "mamba_ssm", "PyTorch"
+
+
+def cpu_name():
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def reason(error):

@@ -26,7 +26,8 @@ from device import choose_device, choose_dtype, choose_impl, memory_gib  # isort
 import torch
 
 import data
-from model import PRESETS, ModelConfig, build, count_parameters, describe, flops_per_token
+from model import PRESETS, ModelConfig, build
+from sizes import count_parameters, describe, flops_per_token
 from train import Objective, TrainConfig, make_optimizer, train_step
 
 HYBRID_549M = dict(

@@ -12,7 +12,10 @@ from benchmarks import floors, measure, sections, tables, timing, training
 from benchmarks.floors import Scan
 from benchmarks.timing import Bench
 from device import choose_impl
-from model import ModelConfig, count_parameters, flops_per_token
+from model import ModelConfig
+from sizes import count_parameters, flops_per_token
+
+START, END = "<!-- bench kernels -->", "<!-- /bench kernels -->"
 
 MAIN = Scan(1, 8192, 128, 80, 8, 128)
 TOP = {"copy": 3.0e12, "matmul": 800e12, "spread": {}}
@@ -206,9 +209,9 @@ def test_ratios_and_floors_in_the_scan_table():
 
 
 def test_only_what_is_between_the_markers_changes():
-    text = f"# R\n{tables.START}\nold\n{tables.END}\nrest\n"
-    assert tables.rewrite(text, "new") == f"# R\n{tables.START}\nnew\n{tables.END}\nrest\n"
-    for bad in ("", tables.START, f"{tables.END} {tables.START}", text + text):
+    text = f"# R\n{START}\nold\n{END}\nrest\n"
+    assert tables.rewrite(text, "new") == f"# R\n{START}\nnew\n{END}\nrest\n"
+    for bad in ("", START, f"{END} {START}", text + text):
         with pytest.raises(ValueError, match="must hold <!-- bench kernels -->"):
             tables.rewrite(bad, "new")
 
@@ -246,11 +249,11 @@ def test_refusals_are_one_sentence(flags, says, monkeypatch, capsys, tmp_path):
 
 def test_a_record_is_written_into_results(record, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measure, "ROOT", tmp_path)
-    (tmp_path / "RESULTS.md").write_text(f"before\n{tables.START}\n{tables.END}\nafter\n")
+    (tmp_path / "RESULTS.md").write_text(f"before\n{START}\n{END}\nafter\n")
     (tmp_path / "r.json").write_text(json.dumps(record))
     assert bench.main(["kernels", "--source", str(tmp_path / "r.json"), "--write"]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text == f"before\n{tables.START}\n{tables.tables(record)}\n{tables.END}\nafter\n"
+    assert text == f"before\n{START}\n{tables.tables(record)}\n{END}\nafter\n"
 
 
 # ---- training

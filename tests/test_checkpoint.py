@@ -22,9 +22,11 @@ import checkpoint
 import hf_config
 import resume
 import safefile
-from checkpoint import load_pretrained, save_pretrained
+from checkpoint import check_room, load_pretrained, save_pretrained
+from device import free_bytes, room_gib
 from hf_config import config_from_dict, config_to_dict
 from model import PRESETS, ModelConfig, NemotronH
+from sizes import memory_bytes, weights_bytes
 from tokenizer import train_bpe
 
 IDS = torch.randint(0, 263, (2, 37), generator=torch.Generator().manual_seed(5))
@@ -496,32 +498,163 @@ def test_nothing_unpickles():
     assert not re.search(r"torch\.(load|save)\b|^\s*(import|from) (pickle|shelve|joblib)|allow_pickle", source, re.M)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_opening_needs_little_memory(tmp_path):
-    """While a folder is opened the process never holds a second copy of its weights, not even of one shard."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+def folder_of_129_mib(folder, max_shard_bytes=5 * 10**9):
+    """Nine matrices, eight of them of 16 MiB, in bfloat16; and a tiny model beside it."""
     config = ModelConfig(hidden_size=1024, intermediate_size=8192, hybrid_override_pattern="-" * 4, vocab_size=263)
     with torch.device("meta"):
         model = NemotronH(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")  # 129 MiB
+    model = model.to_empty(device="cpu")
     for p in model.parameters():
         p.data.fill_(0.5)
-    save_pretrained(tmp_path, model)
-    save_pretrained(tmp_path / "tiny", ours())
-    root = Path(checkpoint.__file__).parent
+    save_pretrained(folder, model, max_shard_bytes=max_shard_bytes)
+    save_pretrained(folder / "tiny", ours())
+
+
+def memory_while_opening(folder, device, field):
+    """In a process of its own: (the largest value of /proc/self/status's `field` seen while the folder is opened, less
+    that before, in MiB; the model's size in MiB)."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "import torch; torch.set_num_threads(1)\n"
         "import checkpoint\n"
-        "def private(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) // 1024\n"
-        "checkpoint.load_pretrained(sys.argv[1] + '/tiny')\n"  # what is imported late is not counted
-        "samples, before = [], private()\n"
-        "checkpoint.setattr = lambda *args: (setattr(*args), samples.append(private()))\n"  # as each weight is placed
-        "model, _ = checkpoint.load_pretrained(sys.argv[1])\n"
+        f"def now(): return int(open('/proc/self/status').read().split('{field}:')[1].split()[0]) // 1024\n"
+        f"checkpoint.load_pretrained(sys.argv[1] + '/tiny', '{device}')\n"  # what is imported late is not counted
+        "samples, before = [], now()\n"
+        "checkpoint.setattr = lambda *args: (setattr(*args), samples.append(now()))\n"  # as each weight is placed
+        f"model, _ = checkpoint.load_pretrained(sys.argv[1], '{device}')\n"
         "print(max(samples) - before, sum(p.numel() for p in model.parameters()) * 2 // 2**20)\n"
     )
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(root)], capture_output=True, text=True)
-    grown, size = map(int, out.stdout.split())
-    assert size > 125 and 0.8 * size < grown < 1.2 * size, (grown, size, out.stderr)
+    root = Path(checkpoint.__file__).parent
+    out = subprocess.run([sys.executable, "-c", script, str(folder), str(root)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    return map(int, out.stdout.split())
+
+
+@needs_proc
+def test_opening_needs_little_memory(tmp_path):
+    """While a folder is opened the process never holds a second copy of its weights, not even of one shard."""
+    folder_of_129_mib(tmp_path)
+    grown, size = memory_while_opening(tmp_path, "cpu", "RssAnon")
+    assert size > 125 and 0.8 * size < grown < 1.2 * size, (grown, size)
+
+
+@needs_proc
+def test_shards_are_read_one_after_the_other(tmp_path):
+    """With the mapped pages of files counted, too: the model and less than two shards."""
+    folder_of_129_mib(tmp_path, max_shard_bytes=34 * 2**20)
+    largest = max(p.stat().st_size for p in tmp_path.glob("*.safetensors")) // 2**20
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 4 and largest >= 32
+    grown, size = memory_while_opening(tmp_path, "cpu", "VmHWM")
+    assert 0.8 * size < grown < size + 2 * largest, (grown, size, largest)
+
+
+@needs_proc
+@pytest.mark.gpu
+def test_shards_go_to_the_gpu_one_after_the_other(tmp_path):
+    """The host never holds two shards, let alone the model."""
+    folder_of_129_mib(tmp_path, max_shard_bytes=34 * 2**20)
+    largest = max(p.stat().st_size for p in tmp_path.glob("*.safetensors")) // 2**20
+    grown, _ = memory_while_opening(tmp_path, "cuda", "VmHWM")
+    assert grown < 2 * largest, (grown, largest)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_folder_that_changes_while_it_is_read(tmp_path, monkeypatch, gone):
+    """Half of one model and half of another would pass every check of names and shapes."""
+    save_pretrained(tmp_path, ours(), max_shard_bytes=100_000)
+    second = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    real, done = setattr, []
+
+    def place(*args):
+        if not done:
+            done.append(os.replace(second, tmp_path / "away"))
+            if not gone:
+                shutil.copy(tmp_path / "away", second)
+        real(*args)
+
+    monkeypatch.setattr(checkpoint, "setattr", place, raising=False)
+    sentence(lambda: load_pretrained(tmp_path), second.name, "was replaced while", "open the folder again")
+
+
+class Card:
+    """A GPU that is not there: what torch says of its memory."""
+
+    def __init__(self, patch, free, total=80 * 2**30, reserved=0, allocated=0, fraction=1.0):
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+        patch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+        patch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+
+
+def test_free_bytes(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    for numbers, expected in (
+        (dict(free=30), 30),
+        (dict(free=30, reserved=25, allocated=20), 35),  # what PyTorch keeps in reserve is free for us
+        (dict(free=30, reserved=25, allocated=20, fraction=0.5), 30),  # 50 in all, of which 20 are taken
+        (dict(free=30, reserved=25, allocated=20, fraction=0.1), 0),
+        (dict(free=30, fraction=0.5), 30),
+    ):
+        Card(monkeypatch, total=100, **numbers)
+        assert free_bytes(cuda) == expected
+    assert 2**28 < free_bytes(torch.device("cpu")) == room_gib(torch.device("cpu")) * 2**30
+
+
+def test_a_model_larger_than_the_gpu_is_refused_before_it_is_read(folder, monkeypatch):
+    config = ours().config
+    parts = memory_bytes(config, 1, 1, 4, 4)
+    opened = []
+
+    def recorded(path, device="cpu"):
+        opened.append(torch.device(device).type)
+        return safefile.open_safetensors(path)  # there is no such device
+
+    monkeypatch.setattr(checkpoint, "open_safetensors", recorded)
+    for numbers in (dict(free=parts["total"] - 1), dict(free=2**33, total=2 * parts["total"] - 3, fraction=0.5)):
+        Card(monkeypatch, **numbers)
+        said = sentence(
+            lambda: load_pretrained(folder, "cuda"), str(folder), "is too large", "1 row of 1 token,", "cuda:0 has",
+            f"{parts['weights'] / 2**20:.2f} MiB for its weights", "would fit: 16-bit weights",
+        )  # fmt: skip
+        assert set(opened) == {"cpu"}, said  # the headers
+    Card(monkeypatch, free=parts["total"])
+    loaded, _ = load_pretrained(folder, "cuda")
+    assert opened[-1] == "cuda" and same(loaded, ours())
+
+
+def test_a_model_larger_than_the_machine_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
+    sentence(lambda: load_pretrained(folder), "is too large", "this machine has 0.00 MiB", "would not fit")
+
+
+def test_room_for_contexts(monkeypatch):
+    config, cuda = PRESETS["nano-9b"], torch.device("cuda", 0)
+    weights = weights_bytes(config)
+    Card(monkeypatch, free=int(19.66 * 2**30))
+    check_room(config, cuda, 131072, 1)
+    for asked, words in (
+        (dict(tokens=131072, rows=2), ["2 rows of 131,072 tokens", "cuda:0 has 19.66 GiB", "1 row of 131,072 tokens"]),
+        (dict(tokens=131072, rows=1, work=2**30), ["about 1.00 GiB to work in", "int8 weights"]),
+        (dict(tokens=131072, rows=1, weight_bytes=4), ["33.11 GiB for its weights", "16-bit weights"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            check_room(config, cuda, **asked)
+        assert all(word in str(error.value) for word in words), error.value
+    check_room(config, cuda, 131072, 2, int8=True)
+    Card(monkeypatch, free=int(19.66 * 2**30) - weights, reserved=weights, allocated=weights)  # once they are there
+    check_room(config, cuda, 131072, 1, held=weights)
+    with pytest.raises(ValueError, match="for 2 rows"):
+        check_room(config, cuda, 131072, 2, held=weights)
 
 
 @pytest.mark.gpu

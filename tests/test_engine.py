@@ -6,7 +6,6 @@ import pytest
 import torch
 from reference import ours
 
-import engine
 from engine import Engine
 
 PROMPTS = [[3, 40, 60], list(range(5, 45)), [9], [7, 8] * 9, [61, 2, 33, 4, 5]]
@@ -17,19 +16,19 @@ def model():
     return ours(vocab_size=64, seed=3).eval()
 
 
-def streams(model, ids):
-    """The stream at every position of a row, from one full forward."""
+def full_logits(model, ids):
+    """The logits at every position of a row, from one full forward."""
     with torch.no_grad():
-        return model.features(torch.tensor([ids]))[0]
+        return model(torch.tensor([ids]))[0]
 
 
 def walk(model, machine, rows, steps):
-    """Feed each slot's row its own next tokens; {slot: list of streams}."""
+    """Feed each slot's row its own next tokens; {slot: list of logits}."""
     found = {slot: [] for slot in rows}
     for i in range(steps):
         x = machine.step([rows[slot][i] if slot in rows else 0 for slot in range(len(machine.lengths))])
         for slot in rows:
-            found[slot].append(x[slot])
+            found[slot].append(x[slot].clone())
     return found
 
 
@@ -38,13 +37,12 @@ NEXT = [[11, 12, 13, 14], [1, 2, 3, 4], [50, 40, 30, 20], [6, 6, 6, 6], [63, 0, 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("piece", [1, 7, 1024])  # prompts longer than a piece are read alone, in their slot
-def test_rows_of_different_lengths_equal_the_full_forward(model, piece, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL", piece)
-    machine = Engine(model, 5, 50)
+def test_rows_of_different_lengths_equal_the_full_forward(model, piece):
+    machine = Engine(model, 5, 50, piece)
     first = machine.start(range(5), PROMPTS)
     then = walk(model, machine, dict(enumerate(NEXT)), 4)
     for slot, (prompt, more) in enumerate(zip(PROMPTS, NEXT)):
-        full = streams(model, prompt + more)
+        full = full_logits(model, prompt + more)
         assert torch.allclose(first[slot], full[len(prompt) - 1], atol=2e-5)
         for i, x in enumerate(then[slot]):
             assert torch.allclose(x, full[len(prompt) + i], atol=2e-5), (slot, i)
@@ -81,7 +79,7 @@ def test_nothing_is_left_of_the_row_before(model, together):
         machine.start([2], [PROMPTS[4]])
     then = walk(model, machine, {1: NEXT[3], 2: NEXT[4]}, 3)
     for slot, i in ((1, 3), (2, 4)):
-        full = streams(model, PROMPTS[i] + NEXT[i])
+        full = full_logits(model, PROMPTS[i] + NEXT[i])
         for j, x in enumerate(then[slot]):
             assert torch.allclose(x, full[len(PROMPTS[i]) + j], atol=2e-5)
 
@@ -113,7 +111,7 @@ def test_rows_come_and_go_at_random(model):
             row, said = s
             slots[place] = (row, said + 1)
             if prompt[row] + said + 1 == len(rows[row]):
-                assert torch.allclose(x[place], streams(model, rows[row])[-1], atol=2e-5)
+                assert torch.allclose(x[place], full_logits(model, rows[row])[-1], atol=2e-5)
                 slots[place], checked = None, checked + 1
                 machine.stop(place)
     assert checked == 40

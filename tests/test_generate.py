@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from scripted import Scripted, id_of, plain, words
 import engine
 import generate as G
 from budget import Completion, opens_thought
+from chat import Printer
 from checkpoint import save_pretrained
 from generate import generate
 from model import ModelConfig, NemotronH
+from sizes import count_parameters, step_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -38,7 +41,7 @@ def test_a_batch_of_different_lengths_equals_each_row_alone(model, ours_tokenize
 
 @pytest.mark.parametrize("prefill", [1, 7, 1024])
 def test_cached_steps_equal_recomputing_the_whole_row(model, ours_tokenizer, prefill, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL", prefill)
+    monkeypatch.setitem(engine.PREFILL, "cpu", prefill)
     for prompt, c in zip(PROMPTS, generate(model, ours_tokenizer, PROMPTS, 12)):
         ids = list(prompt)
         for token in c.ids:
@@ -100,6 +103,38 @@ def test_logits_that_are_not_numbers_are_an_error(ours_tokenizer):
         with pytest.raises(ValueError, match="not finite"):
             generate(broken, ours_tokenizer, [[20]], 2, temperature, on_token=lambda *token: said.append(token))
     assert not said
+
+
+def test_speed_counts_what_was_read_said_and_moved(model, ours_tokenizer, monkeypatch):
+    speed, began = G.Speed(), time.perf_counter()
+    (c,) = generate(model, ours_tokenizer, PROMPTS[:1], 9, speed=speed)
+    assert (speed.rows, speed.prompt_tokens, speed.tokens, speed.steps) == (1, 3, 9, 8)
+    alone = sum(step_bytes(model.config, [3 + i], 4, 4) for i in range(8))  # float32 weights, one more key a step
+    assert speed.moved == alone > 8 * 4 * count_parameters(model.config)["mamba"]
+    monkeypatch.setattr(G, "ROWS", {"cpu": 2})
+    found = generate(model, ours_tokenizer, PROMPTS, 9, speed=speed)
+    assert (speed.rows, speed.prompt_tokens) == (7, 3 + sum(map(len, PROMPTS)))
+    assert speed.tokens == len(c.ids) + sum(len(c.ids) for c in found) and speed.steps == 8 + 3 * 8
+    rows = sorted(map(len, PROMPTS))  # two at a time, the shortest first
+    pairs = [step_bytes(model.config, [n + i for n in rows[j : j + 2]], 4, 4) for j in (0, 2, 4) for i in range(8)]
+    assert speed.moved == alone + sum(pairs)
+    assert 0 < speed.prefill_seconds + speed.step_seconds < time.perf_counter() - began
+
+
+def test_speed_knows_that_int8_weights_are_smaller(ours_tokenizer):
+    small = ours(vocab_size=ours_tokenizer.vocab_size, seed=3)
+    small.backbone.register_buffer("packed", torch.zeros(1, dtype=torch.int8))
+    speed = G.Speed()
+    generate(small, ours_tokenizer, PROMPTS[:1], 2, speed=speed)
+    assert speed.moved == step_bytes(small.config, [3], 4, 4, int8=True) < step_bytes(small.config, [3], 4, 4)
+
+
+def test_speed_in_words():
+    speed = G.Speed(2, 1024, 0.2, 482, 240, 3.9, 10**11)
+    assert str(speed) == (
+        "482 tokens in 4.1 s: prefill 1,024 tokens 0.20 s; 240 steps of 16.2 ms, 123 tokens/s, 25.64 GB/s moved"
+    )
+    assert str(G.Speed(1, 7, 0.5, 1)) == "1 tokens in 0.5 s: prefill 7 tokens 0.50 s"
 
 
 def test_no_prompts_no_answers(model, ours_tokenizer):
@@ -286,14 +321,48 @@ def test_shown_text_is_the_completion_without_colours(folder, capsys):
 def test_printer_streams_exactly_the_two_parts(released_like, capsys):
     t = released_like
     for text in ("so <4\n</think>\n\u20ac46\n", "\n x</thi </think>y</think> z", "a</think>", "no end"):
-        (c,) = Scripted(t, [[id_of(t, bytes([b])) for b in text.encode()]]).run(on_token=G._Printer())
+        (c,) = Scripted(t, [[id_of(t, bytes([b])) for b in text.encode()]]).run(on_token=Printer())
         shown = capsys.readouterr().out
         thought, _, answer = shown.removeprefix("[thought]\n").partition("[answer]\n")
         assert (thought.strip(), answer.strip()) == (c.thought, c.answer), text
     # a close that finishes a begun tag: the begun part is not shown
     fake = Scripted(t, [plain(t, "aaa</thi")], after_tag=plain(t, "46"))
-    fake.run(on_token=G._Printer(), thinking_budget=7, budget_rule="nim")
+    fake.run(on_token=Printer(), thinking_budget=7, budget_rule="nim")
     assert capsys.readouterr().out == "[thought]\naaa\n[answer]\n46"
+
+
+@pytest.mark.parametrize("name", ["ours_tokenizer", "released_like"])
+def test_a_response_is_shown_token_by_token(name, request, capsys):
+    """Each token's own text, at once; of a character or a tag in several tokens nothing before the last."""
+    t = request.getfixturevalue(name)
+    pieces = [  # (what is said, what is then seen), token by token
+        *[
+            (b"4", "[thought]\n4"),
+            (b" ", ""),
+            (b"\xe2", ""),
+            (b"\x82", ""),
+            (b"\xac", " \u20ac"),
+            (b"<", ""),
+            (b"5", "<5"),
+        ],
+        *[(b"\xf0", ""), (b"\x9f", ""), (b"\x98", ""), (b"\x80", "\U0001f600"), (b"\xff", "\ufffd"), (b"\n", "")],
+        *(
+            [(b"</", ""), (b"thin", ""), (b"k", ""), (b">\n", "")]
+            if name == "released_like"
+            else [(None, ""), (b"\n", "")]
+        ),
+        *[(b"\xc3", ""), (b"\xbc", "\n[answer]\n\u00fc"), (b"<", "<"), (b"/", "/"), (b"\xc3", "")],
+    ]
+    printer, seen = Printer(), []
+
+    def show(row, token, state):
+        printer(row, token, state)
+        seen.append(capsys.readouterr().out)
+
+    wish = [t.end_think_id if piece is None else id_of(t, piece) for piece, _ in pieces]
+    (c,) = Scripted(t, [wish]).run(on_token=show)
+    assert seen == [shown for _, shown in pieces] + [""]  # and nothing at the end of turn
+    assert "".join(seen) == f"[thought]\n{c.thought}\n[answer]\n{c.answer}"
 
 
 def test_colours_only_on_a_terminal(folder, monkeypatch, capsys):
@@ -324,6 +393,7 @@ def test_chat_keeps_the_conversation_and_drops_old_thoughts(folder, monkeypatch,
     def reply(model, tokenizer, ids, **options):
         prompts.append((tokenizer.decode(ids[0]), options))
         n = len(prompts)
+        options["speed"].tokens += 9
         return [Completion("", f"thought {n}", f"answer {n}", 5, 3, "model", [20] * 9)]
 
     monkeypatch.setattr(G, "generate", reply)
@@ -341,6 +411,19 @@ def test_chat_keeps_the_conversation_and_drops_old_thoughts(folder, monkeypatch,
     out, err = capsys.readouterr()
     assert out.count("(5 tokens thought (closed by the model), 3 tokens answer)") == 4 and "/budget wants" in err
     assert "36 tokens in" in err
+
+
+def test_a_budget_given_later_makes_room_for_the_answer(folder, monkeypatch):
+    rooms = []
+
+    def reply(model, tokenizer, ids, max_new_tokens, **options):
+        rooms.append(max_new_tokens)
+        return [Completion("", "", "answer", 0, 3, "none", [20] * 9)]
+
+    monkeypatch.setattr(G, "generate", reply)
+    lines = ["one", "/think", "/budget 1000", "two", "/quit"]
+    assert chat(monkeypatch, lines, "--checkpoint", folder, "--no-think") == 0
+    assert rooms == [512, 1756]
 
 
 @pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
