@@ -77,6 +77,11 @@ def choose_impl(wish, device, config=None, compiled=False):
             f"its kernels hold head_dim up to 128, states up to 256 and 2 to 4 taps; this model has "
             f"{config.mamba_head_dim}, {config.ssm_state_size} and {config.conv_kernel}"
         )
+    elif config and (config.head_dim > 256 or config.num_attention_heads > 16 * config.num_key_value_heads):
+        missing = (
+            f"its kernels take attention heads of up to 256, 16 for each key/value head; this model has "
+            f"{config.num_attention_heads} of {config.head_dim} for {config.num_key_value_heads}"
+        )
     elif wish == "triton":
         return "triton", "asked for"
     elif device.type == "cuda" and compiled and config and config.mamba_inner < 1024:

@@ -76,8 +76,9 @@ def measure(bench, only, sizes, header, out):
 def run(only=SECTIONS, write=False, quick=False, out="out/bench_kernels.json", source=None, commit_name=None):
     """The command. ValueError, in one sentence, for what cannot be done."""
     results = ROOT / "RESULTS.md"
+    place = only[0] if len(only) == 1 else "kernels"  # a section measured alone has a place of its own
     if write:
-        rewrite(results.read_text("utf-8"), "")  # first: nobody wants to hear it after minutes of measuring
+        rewrite(results.read_text("utf-8"), "", place)  # first: nobody wants to hear it after minutes of measuring
     if source is not None:
         try:
             record = json.loads(Path(source).read_text("utf-8"))
@@ -90,7 +91,7 @@ def run(only=SECTIONS, write=False, quick=False, out="out/bench_kernels.json", s
         print(f"\nrecord: {out}")
     print("\n" + text)
     if write:
-        results.write_text(rewrite(results.read_text("utf-8"), text), "utf-8")
+        results.write_text(rewrite(results.read_text("utf-8"), text, place), "utf-8")
         print(f"\nwritten to {results.name}")
     return 0
 

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,9 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import decode, ssd
+from kernels import attend, decode, ssd
 from kernels.cross_entropy import cross_entropy_
 from mamba2 import Mamba2Mixer
+from model import PRESETS, build
+from quantize import quantize_
 
 TYPES = {
     torch.float32: "fp32",
@@ -32,6 +35,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.bool: "i1",
 }
 DONE = set()
@@ -80,6 +84,21 @@ def layer(h, p, g, n, dtype, packed):
                 mixer(u[:, :1], state)
 
 
+@torch.no_grad()
+def steps(meta):
+    """One token of 1 and of 64 rows through a block of each kind and the head of the 9B, in 16 and in 8 bits; and
+    attention's widest heads."""
+    model = build(replace(PRESETS["nano-9b"], hybrid_override_pattern="M-*"), "meta", torch.bfloat16).use("triton")
+    for int8 in (False, True):
+        model = quantize_(model) if int8 else model
+        for b in (1, 64):
+            tokens = meta(b, dtype=torch.int64)
+            model.step(tokens, model.new_cache(b, 5000), tokens, 4999)
+    for dtype in (torch.bfloat16, torch.float32):
+        cache, lengths = meta(2, 8, 1000, 256, dtype=dtype), meta(2, dtype=torch.int64)
+        attend.attend(meta(2, 128, 256, dtype=dtype), cache, cache, lengths, parts=256)
+
+
 if __name__ == "__main__":
     capability, shared = map(int, sys.argv[1:])
     TARGET = GPUTarget("cuda", capability, 32)
@@ -93,3 +112,4 @@ if __name__ == "__main__":
     meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
     tokens = meta(64, dtype=torch.int64), meta(64, dtype=torch.bool)
     cross_entropy_(meta(64, 131072, dtype=torch.bfloat16), *tokens)
+    steps(meta)

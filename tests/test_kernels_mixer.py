@@ -125,7 +125,8 @@ def test_impl_is_chosen_with_a_reason(monkeypatch):
     assert device.choose_impl("auto", gpu, PRESETS["nano-9b"], compiled=True)[0] == "triton"
     assert device.choose_impl("auto", gpu, PRESETS["nano-12m"], compiled=True)[0] == "torch"  # measured: RESULTS.md
     assert device.choose_impl("auto", gpu, PRESETS["nano-12m"])[0] == "triton"
-    for change in (dict(mamba_head_dim=129), dict(ssm_state_size=257), dict(conv_kernel=5)):
+    too_large = dict(mamba_head_dim=129, ssm_state_size=257, conv_kernel=5, head_dim=257, num_attention_heads=136)
+    for change in ({name: size} for name, size in too_large.items()):
         config = replace(PRESETS["nano-9b"], **change)
         assert device.choose_impl("auto", gpu, config)[0] == "torch"
         with pytest.raises(ValueError, match=f"{list(change.values())[0]}.*use --impl torch"):
