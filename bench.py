@@ -31,7 +31,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 
-from benchmarks import measure, serving, training
+from benchmarks import measure, serving_command, training
 from benchmarks.timing import cpu_name
 from mamba2 import Mamba2Mixer
 from model import PRESETS
@@ -167,7 +167,7 @@ def bench_training(args):
 
 def bench_serving(args):
     wishes = {k: v for k, v in vars(args).items() if k in ("sampled", "device", "preset", "rows", "tokens")}
-    return serving.command(args.command, args.write, args.out, args.source, args.commit, args.tiny, **wishes)
+    return serving_command.command(args.command, args.write, args.out, args.source, args.commit, args.tiny, **wishes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
