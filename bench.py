@@ -26,8 +26,6 @@ import statistics
 import sys
 import time
 
-# Memory in pieces that can grow: what was freed can be used again for something larger. To be said before torch loads.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 

@@ -37,7 +37,7 @@ def parse(argv=None):
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU if there is one")
     flag(
         "--impl", default="auto", choices=["auto", "torch", "triton"],
-        help="who computes the Mamba-2 layers: PyTorch, or the Triton kernels (a GPU); auto chooses and says why",
+        help="who computes layers and steps: PyTorch, or the Triton kernels (a GPU); auto chooses and says why",
     )  # fmt: skip
     flag(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],

@@ -13,6 +13,8 @@ import resource
 # Threads that wait then sleep soon. By default they spin, and when anything else runs on a small machine, two spinning
 # threads are many times slower than one.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# GPU memory in pieces that can grow: what was freed can be used again for something larger.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
@@ -59,8 +61,9 @@ def choose_dtype(wish, device):
 
 
 def choose_impl(wish, device, config=None, compiled=False):
-    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections, and the loss, of a
-    model with this ModelConfig; compiled: torch.compile will see the model."""
+    """("torch" or "triton", reason): who computes the Mamba-2 layers between their projections, the loss, and when
+    nothing is trained the norms and decode steps, of a model with this ModelConfig; compiled: torch.compile will see
+    the model."""
     if wish not in ("auto", "torch", "triton"):
         raise ValueError(f"--impl {wish!r} is not one of auto, torch, triton")
     if wish == "torch":
@@ -77,7 +80,11 @@ def choose_impl(wish, device, config=None, compiled=False):
             f"its kernels hold head_dim up to 128, states up to 256 and 2 to 4 taps; this model has "
             f"{config.mamba_head_dim}, {config.ssm_state_size} and {config.conv_kernel}"
         )
-    elif config and (config.head_dim > 256 or config.num_attention_heads > 16 * config.num_key_value_heads):
+    elif (
+        config
+        and "*" in config.hybrid_override_pattern
+        and (config.head_dim > 256 or config.num_attention_heads > 16 * config.num_key_value_heads)
+    ):
         missing = (
             f"its kernels take attention heads of up to 256, 16 for each key/value head; this model has "
             f"{config.num_attention_heads} of {config.head_dim} for {config.num_key_value_heads}"

@@ -23,6 +23,8 @@ import copy
 
 import torch
 
+from sizes import row_bytes, work_bytes
+
 PREFILL = {"cpu": 1024, "cuda": 4096}  # positions read in one call: bounds what is computed and forgotten
 
 
@@ -70,7 +72,7 @@ class Engine:
                 raise ValueError(f"a prompt of {len(prompt)} tokens does not fit slots of {self.max_length} positions")
         found = [None] * len(slots)
         short = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.piece] if len(slots) > 1 else []
-        for together in _bundles(short, prompts, self.piece):
+        for together in self._bundles(short, prompts):
             if len(together) > 1:
                 xs = self._start_together([slots[i] for i in together], [prompts[i] for i in together])
                 for i, x in zip(together, xs):
@@ -80,6 +82,20 @@ class Engine:
                 found[i] = self._read(row_of(self.cache, slot), torch.tensor([prompt], device=self.device), None)[0]
             self.lengths[slot] = len(prompt)
         return self.model.lm_head(torch.stack(found)).float()
+
+    def _bundles(self, short, prompts):
+        """The indices in `short`, in runs that are read together: at most `piece` padded tokens, and at most as many
+        rows as make a cache of their own no larger than what a piece needs to work in; or one prompt."""
+        config, size = self.model.config, self.model.lm_head.weight.element_size()
+        room, bundle = work_bytes(config, self.piece, weight_bytes=size), []
+        for i in short:
+            rows, longest = len(bundle) + 1, max(len(prompts[j]) for j in [*bundle, i])
+            if bundle and (longest * rows > self.piece or rows * row_bytes(config, longest, size) > room):
+                yield bundle
+                bundle = []
+            bundle.append(i)
+        if bundle:
+            yield bundle
 
     def _start_together(self, slots, prompts):
         longest = max(map(len, prompts))
@@ -130,9 +146,10 @@ class Engine:
         return self.model.step(self._inputs[0], self.cache, self._inputs[1], longest)
 
     def _record(self):
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._compute()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._compute()
+        self._graph, self._logits = graph, logits
 
     def stop(self, slot):
         """The slot's row has ended: what is in it will be overwritten."""
@@ -148,16 +165,3 @@ class Engine:
                 setattr(layer, name, tensor[: len(slots)])
         self.cache.batch_size, self.lengths = len(slots), [self.lengths[i] for i in slots]
         self._prepare()
-
-
-def _bundles(short, prompts, piece):
-    """The indices in `short`, in runs whose padded prompts are at most `piece` tokens together, or one prompt."""
-    bundle = []
-    for i in short:
-        longest = max(len(prompts[j]) for j in [*bundle, i])
-        if bundle and longest * (len(bundle) + 1) > piece:
-            yield bundle
-            bundle = []
-        bundle.append(i)
-    if bundle:
-        yield bundle

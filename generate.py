@@ -40,6 +40,10 @@ from sizes import count_parameters, largest_batch, step_bytes, weights_bytes, wo
 from template import check_messages, clean
 
 ROWS = {"cpu": 64, "cuda": 512}  # rows in one batch; on a CPU more are slower, once their states outgrow its caches
+SAMPLING = (
+    60  # bytes a row and token of the vocabulary while one is chosen: logits, their copy, probabilities in float64
+)
+AT_ONCE = 512  # questions answered before the first are shown
 JOIN = 0.125  # waiting rows join when at least this share of the slots is empty: short prompts are read together
 SHRINK = 0.75  # when nobody waits, empty slots are dropped as soon as at most this share is still running
 
@@ -179,19 +183,21 @@ def generate(
 
 
 def _rows_at_once(model, tokens):
-    """(rows, piece): how many rows of that many tokens to run together, what ROWS says or what the GPU has memory for,
-    and in pieces of how many tokens to read prompts (None: the engine's own choice). ValueError if not one row fits."""
+    """(rows, piece): how many rows of that many tokens to run together, what ROWS says or what there is memory for, and
+    in pieces of how many tokens to read prompts. ValueError, in one sentence, if not one row fits."""
     weight, config, int8 = model.lm_head.weight, model.config, _is_int8(model)
-    most, size = ROWS.get(weight.device.type, 64), weight.element_size()
-    if weight.device.type != "cuda":
-        return most, None
-    held = weights_bytes(config, size, int8)
-    for piece in (PREFILL["cuda"], PREFILL["cuda"] // 16):
-        work = work_bytes(config, piece, weight_bytes=size) * (1 if model.impl == "triton" else 3)
-        rows = largest_batch(config, free_bytes(weight.device) + held, tokens, int8, work, size)
+    device, size = weight.device, weight.element_size()
+    most, usual = ROWS.get(device.type, ROWS["cpu"]), PREFILL.get(device.type, PREFILL["cpu"])
+    held = weights_bytes(config, size, int8) if device.type == "cuda" else 0  # of what is free, they are gone already
+    for piece in (usual, usual // 16):
+        # twice: prompts that are read together have a cache of their own, as large as the rest of the work at most
+        work = 2 * work_bytes(config, piece, weight_bytes=size) * (1 if model.impl == "triton" else 3)
+        rows = largest_batch(
+            config, free_bytes(device) + held, tokens, int8, work, size, row_work=SAMPLING * config.vocab_size
+        )
         if rows:
             return min(rows, most), piece
-    check_room(config, weight.device, tokens, 1, int8, size, work, held)
+    check_room(config, device, tokens, 1, int8, size, work, held)
     return 1, piece
 
 
@@ -331,7 +337,9 @@ def main(argv=None):
         return _script(parse(argv))
     except ValueError as error:
         print(f"generate.py: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # a CPU's allocator has no error of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         print("generate.py: out of memory: lower --max-new-tokens, or use --dtype bfloat16 or --int8", file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -365,9 +373,8 @@ def _answer_all(model, tokenizer, args, options):
     questions = args.question
     prompts = [chat_prompt(tokenizer, _asked(q, args.system), not args.no_think) for q in questions]
     only = Printer() if len(questions) == 1 and not args.json else None  # shown as it comes
-    at_once = 8 * ROWS["cpu"]  # so that a long file shows its first answers early
-    for i in range(0, len(prompts), at_once):
-        for j, c in enumerate(generate(model, tokenizer, prompts[i : i + at_once], on_token=only, **options)):
+    for i in range(0, len(prompts), AT_ONCE):  # so that a long file shows its first answers early
+        for j, c in enumerate(generate(model, tokenizer, prompts[i : i + AT_ONCE], on_token=only, **options)):
             c.prompt = questions[i + j]
             if args.json:
                 print(c.to_json(), flush=True)
@@ -394,10 +401,10 @@ def _load(args, room):
         raise ValueError(f"{args.checkpoint} has no tokenizer: copy its tokenizer.json there")
     dtype, parameters = str(model.lm_head.weight.dtype).removeprefix("torch."), count_parameters(model.config)["total"]
     how = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-    dtype += ", large matrices int8" * args.int8
+    int8 = ", large matrices int8 (as asked)" * args.int8
     print(
         f"{args.checkpoint}: {parameters:,} parameters, {model.config.hybrid_override_pattern}\n"
-        f"device {device} ({why_device}), {dtype} ({why_dtype}), impl {impl} ({why_impl}), "
+        f"device {device} ({why_device}), {dtype} ({why_dtype}){int8}, impl {impl} ({why_impl}), "
         f"{how}, at most {room} new tokens",
         file=sys.stderr,
     )

@@ -296,9 +296,9 @@ class Mamba2State:
 
     def forget(self, rows):
         """Empty the rows where `rows` (b,) is True: a new document starts there."""
-        keep = (~rows).view(-1, 1, 1)
-        self.window.mul_(keep)
-        self.ssm.mul_(keep.unsqueeze(-1))
+        rows = rows.view(-1, 1, 1)
+        self.window.masked_fill_(rows, 0)  # not a product: 0 times infinity is no zero
+        self.ssm.masked_fill_(rows.unsqueeze(-1), 0)
 
 
 class Mamba2Mixer(nn.Module):

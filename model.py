@@ -172,9 +172,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.up_proj(x)
-        h = (
-            F.relu(h).square() if torch.is_grad_enabled() else h.relu_().square_()
-        )  # in place: h is the largest there is
+        # without gradients in place (whoever hooks up_proj should copy): h is the largest tensor there is
+        h = F.relu(h).square() if torch.is_grad_enabled() else h.relu_().square_()
         return self.down_proj(h)
 
 
@@ -199,7 +198,7 @@ class Block(nn.Module):
 
     def step(self, x, layer_cache, lengths, mask):
         """One token a row, x (b, d), of rows of different lengths: see `NemotronH.step`."""
-        if self.impl == "triton":
+        if self.impl == "triton" and (self.letter != "M" or layer_cache.ssm.dtype == torch.float32):
             from kernels import step
 
             return step.block(self, x, layer_cache, lengths)

@@ -119,23 +119,24 @@ def work_bytes(config, tokens, rows=1, weight_bytes=2):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _row_bytes(config, tokens, weight_bytes):
+def row_bytes(config, tokens, weight_bytes=2):
+    """Bytes of the cache of one row of `tokens` tokens."""
     parts = memory_bytes(config, tokens, 1, weight_bytes, weight_bytes)
     return parts["kv"] + parts["ssm"] + parts["conv"]
 
 
-def largest_batch(config, room, tokens, int8=False, work=0, weight_bytes=2):
-    """How many rows of `tokens` tokens fit beside the weights; 0 if none does."""
+def largest_batch(config, room, tokens, int8=False, work=0, weight_bytes=2, row_work=0):
+    """How many rows of `tokens` tokens fit beside the weights; 0 if none does. row_work: what each row adds to work."""
     left = room - work - weights_bytes(config, weight_bytes, int8)
-    return max(0, int(left // _row_bytes(config, tokens, weight_bytes)))
+    return max(0, int(left // (row_bytes(config, tokens, weight_bytes) + row_work)))
 
 
 def longest_context(config, room, rows, int8=False, work=0, weight_bytes=2):
     """How many tokens each of `rows` rows may have; 0 if not one fits, infinite if there is no attention to keep keys
     and values."""
-    state = _row_bytes(config, 0, weight_bytes)
+    state = row_bytes(config, 0, weight_bytes)
     left = room - work - weights_bytes(config, weight_bytes, int8) - rows * state
-    each = rows * (_row_bytes(config, 1, weight_bytes) - state)
+    each = rows * (row_bytes(config, 1, weight_bytes) - state)
     if not each:
         return math.inf if left >= 0 else 0
     return max(0, int(left // each))
@@ -144,7 +145,7 @@ def longest_context(config, room, rows, int8=False, work=0, weight_bytes=2):
 def fits(config, room, tokens, rows, int8=False, work=0, weight_bytes=2, name="the device"):
     """None if the weights and `rows` rows of `tokens` tokens fit in `room` bytes. Else one sentence: what is needed,
     what `name` has, and what would fit (other weights, shorter rows, fewer rows) by the same formula."""
-    weights, row = weights_bytes(config, weight_bytes, int8), _row_bytes(config, tokens, weight_bytes)
+    weights, row = weights_bytes(config, weight_bytes, int8), row_bytes(config, tokens, weight_bytes)
     if weights + rows * row + work <= room:
         return None
 
@@ -167,7 +168,7 @@ def fits(config, room, tokens, rows, int8=False, work=0, weight_bytes=2, name="t
     other |= {} if int8 or weight_bytes <= 2 else {"int8 and 16-bit weights": ways(True, 2)}
     options = [kind for kind, found in other.items() if found == [""]] + ways(int8, weight_bytes)
     options = options or [f"{kind} and {way}" for kind, found in other.items() for way in found]
-    least = weights_bytes(config, min(weight_bytes, 2), True) + _row_bytes(config, 1, min(weight_bytes, 2)) + work
+    least = weights_bytes(config, min(weight_bytes, 2), True) + row_bytes(config, 1, min(weight_bytes, 2)) + work
     advice = "this would fit: " + ", or ".join(options)
     return (
         f"the model of {count_parameters(config)['total']:,} parameters needs {_size(weights)} for its "

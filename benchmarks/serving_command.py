@@ -27,6 +27,7 @@ def command(
     if write:
         rewrite(results.read_text("utf-8"), "", section)
     if source is None:
+        earlier(out)  # first: nobody wants to hear it after minutes of measuring
         words = [f"--device {device}" * (device != "cuda"), f"--preset {preset}" if preset else "", "--tiny" * tiny]
         words += [f"--rows {' '.join(map(str, rows))}" if rows else "", f"--tokens {tokens}" if tokens else ""]
         words = ["python bench.py", section, *words, "--sampled" * sampled]
@@ -36,13 +37,15 @@ def command(
         cuda = device == "cuda" and (torch.cuda.is_available() or not tiny)
         record = measured(section, scale, cuda, out, commit_name, " ".join(filter(None, words)), sampled)
     else:
-        try:
-            record = json.loads(Path(source).read_text("utf-8"))
-        except (OSError, ValueError) as e:
-            raise ValueError(f"--source {source} cannot be used: {type(e).__name__} {e}") from None
+        if not Path(source).exists():
+            raise ValueError(f"--source {source} cannot be used: there is no such file")
+        record = earlier(source)
     if section not in record:
         raise ValueError(f"--source {source} has no {section}: it holds {', '.join(record) or 'nothing'}")
-    text = tables(section, record[section])
+    try:
+        text = tables(section, record[section])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"--source {source} cannot be used: {type(e).__name__} {e} in its {section}") from None
     print("\n" + text)
     if write:
         if section == "throughput":
@@ -50,6 +53,17 @@ def command(
         results.write_text(rewrite(results.read_text("utf-8"), text, section), "utf-8")
         print(f"\nwritten to {results.name}")
     return 0
+
+
+def earlier(path):
+    """The record of that name, {} if there is none yet."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be used as a record: {type(e).__name__} {e}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is no record of bench.py: it holds a {type(record).__name__}")
+    return record
 
 
 @torch.inference_mode()
@@ -77,7 +91,7 @@ def measured(section, scale, cuda, out, commit_name, command, sampled):
             for side in ("transformer", "hybrid"):
                 n, step, speed = roofline(config_of(scale[side]), CAP * GIB, row["prompt"], row["answer"], top["copy"])
                 row[side] |= dict(roofline_rows=n, roofline_tokens_a_second=speed)
-    record = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    record = earlier(out)
     record[section] = {**header, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1))

@@ -29,13 +29,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _part(
     q, k, v, lengths, out, peak, total, scale, k_row, k_head, q_row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, e: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts, kv_heads, b). q (b, kv_heads * GROUP, e); k, v (b, kv_heads, longest, e), tokens one after the
-    other; lengths (b,): how many there are. out (b, kv_heads, parts, HEADS, E), peak and total (.., HEADS): float32."""
+    other; lengths (b,) + MORE: how many there are. out (b, kv_heads, parts, HEADS, E), peak and total (.., HEADS):
+    float32."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
+    length = tl.load(lengths + row).to(tl.int32) + MORE
     share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
     begin = part * share
     end = tl.minimum(begin + share, length)
@@ -116,11 +117,11 @@ def default_parts(b, kv_heads, longest, device, block=64):
     return max(1, min(triton.cdiv(2 * processors, b * kv_heads), triton.cdiv(longest, 4 * block), 256))
 
 
-def attend(q, k, v, lengths, parts=None):
-    """softmax(q k^T / sqrt(e)) v over the first lengths[i] cached tokens of row i.
+def attend(q, k, v, lengths, parts=None, more=0):
+    """softmax(q k^T / sqrt(e)) v over the first lengths[i] + more cached tokens of row i.
 
     q (b, heads, e); k, v (b, kv_heads, longest, e), tokens of a head one after the other (views of a larger cache are
-    fine); lengths (b,) int32 or int64 on the same device, each at least 1 and at most `longest`; query head j reads
+    fine); lengths (b,) int32 or int64 on the same device, with `more` from 1 to `longest`; query head j reads
     key/value head j // (heads / kv_heads). -> (b, heads, e) in q's dtype. bfloat16, float16 or float32; heads up to 16
     for each key/value head, e up to 256: else ValueError. Can be captured in a CUDA graph; no gradients.
     """
@@ -150,7 +151,7 @@ def attend(q, k, v, lengths, parts=None):
         _part[parts, kv_heads, b](
             q, k, v, lengths, out, peak, total, e**-0.5, k.stride(0), k.stride(1), q.stride(0), GROUP=group, HEADS=rows,
             e=e, E=E, BLOCK=32 if wide or E > 128 else 64, PRECISION="tf32x3" if wide else "tf32",
-            STAGES=1 if wide else 3, num_warps=4,
+            STAGES=1 if wide else 3, MORE=more, num_warps=4,
         )  # fmt: skip
         _weigh[group, kv_heads, b](
             out, peak, total, y, GROUP=group, HEADS=rows, PARTS=triton.next_power_of_2(parts), parts=parts, e=e, E=E,

@@ -63,7 +63,7 @@ def _widen(w, dtype: tl.constexpr):
     return w.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def _linear(
     x, weight, scale, norm_weight, residual, out, parts, count, x_stride, b, N, K, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -144,7 +144,8 @@ def spell_out(weight, scale, dtype):
 
 @functools.cache
 def _scratch(device, split, rows, N):
-    """Where parts of a product wait for each other, and the counts of who has come; a launch leaves zeros behind."""
+    """Where parts of a product wait for each other, and the counts of who has come. A launch leaves zeros behind, so
+    one pair serves all layers; calls on one device share it: give them one stream, or order the streams."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("call linear once with this shape before capturing it: its counters must outlive the graph")
     counts = torch.zeros(triton.cdiv(N, 16) * 32, dtype=torch.int32, device=device)
@@ -184,6 +185,8 @@ def linear(x, weight, scale=None, norm=None, relu2=False, residual=None):
     if scale is None and weight.dtype != x.dtype:
         raise ValueError(f"x and weight must be of one kind, or weight int8; got {x.dtype} and {weight.dtype}")
     if b > MOST or (x.dtype == torch.float32 and x.is_cuda):
+        if scale is not None:
+            weight, scale = spell_out(weight, scale, x.dtype), None
         return plain(x, weight, scale, norm, relu2, residual)
     BN, BK, warps, stages, split = tiles(N, scale is not None)
     # A launch of its own costs less than norming in each program; and a part of a walk knows a part of the squares.

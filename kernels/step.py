@@ -8,6 +8,8 @@ here whatever is small happens inside a neighbour:
     -   linear (norm, up_proj, squared ReLU) -> linear (down_proj, residual)                                2 launches
     *   norm, q_proj, k_proj, v_proj -> put -> attend (2) -> linear (o_proj, residual)                       8 launches
 
+With int8 matrices the norm is a launch of its own (kernels/linear.py says why).
+
 This file starts no kernel of its own. The plain twin is `model.Block.step`.
 """
 
@@ -41,7 +43,7 @@ def block(layer, x, cache, lengths):
     u = norm.rms_norm(x, layer.norm.weight, layer.norm.eps)
     q, k, v = (p(u).unflatten(-1, (-1, mixer.head_dim)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     attend.put(k, v, cache.k, cache.v, lengths)
-    y = attend.attend(q, cache.k, cache.v, lengths + 1)
+    y = attend.attend(q, cache.k, cache.v, lengths, more=1)
     return _times(y.flatten(-2), mixer.o_proj, residual=x)
 
 

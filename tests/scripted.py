@@ -61,7 +61,7 @@ class Scripted(torch.nn.Module):
         self.lm_head = torch.nn.Linear(tokenizer.vocab_size, tokenizer.vocab_size, bias=False)
         self.lm_head.weight = torch.nn.Parameter(torch.eye(tokenizer.vocab_size))
         self.tokenizer, self.wishes, self.after_tag = tokenizer, wishes, after_tag
-        self.fed = {}
+        self.fed, self.impl = {}, "torch"
 
     def new_cache(self, batch_size, max_length):
         class Layer:

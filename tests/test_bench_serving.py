@@ -135,6 +135,9 @@ def test_throughput_is_written_with_its_figure(tmp_path, monkeypatch):
         ("throughput --write", "RESULTS.md must hold <!-- bench throughput -->"),
         ("memory --source nothing.json", "nothing.json cannot be used"),
         ("memory --source other.json", "other.json has no memory: it holds decode"),
+        ("decode --tiny --out list.json", "list.json is no record of bench.py: it holds a list"),
+        ("decode --tiny --out .", ". cannot be used as a record: IsADirectoryError"),
+        ("decode --source other.json", "other.json cannot be used: KeyError 'rows' in its decode"),
         ("decode --rows 0", "'0' is not a whole number"),
         ("prefill --sampled", "unrecognized arguments: --sampled"),
     ],
@@ -144,6 +147,7 @@ def test_refusals_are_one_sentence(flags, says, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RESULTS.md").write_text("no markers")
     (tmp_path / "other.json").write_text('{"decode": {}}')
+    (tmp_path / "list.json").write_text("[]")
     assert bench.main(flags.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("bench.py: ") and says in err and err.count("\n") == 1

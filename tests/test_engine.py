@@ -12,6 +12,7 @@ import pytest
 import torch
 from reference import ours
 
+import engine
 from engine import Engine
 from model import PRESETS, build
 from quantize import quantize_
@@ -93,8 +94,8 @@ def test_nothing_is_left_of_the_row_before(model, together):
     machine = Engine(model, 3, 60)
     machine.start([0, 1, 2], PROMPTS[:3])
     for layer in filter(None, machine.cache.layers):
-        for tensor in vars(layer).values():
-            tensor[1:] = 1e4
+        for name, tensor in vars(layer).items():
+            tensor[1:] = 1e4 if name in ("k", "v") else torch.nan  # of a row whose states overflowed
     machine.stop(1)
     machine.stop(2)
     if together:
@@ -179,13 +180,20 @@ def test_rows_that_are_kept_stay_where_they_are(model):
 
 
 @torch.inference_mode()
-def test_prompts_are_read_together_up_to_a_piece(model, monkeypatch):
-    """Padding counts. A prompt longer than a piece is read in pieces."""
+@pytest.mark.parametrize(
+    "rows, expected",
+    [(7, [(2, 3), (3, 5), (1, 20), (1, 20), (1, 18)]), (2, [(2, 3), (2, 5), (1, 20), (1, 20), (1, 18), (1, 4)])],
+)
+def test_prompts_are_read_together_up_to_a_piece(model, monkeypatch, rows, expected):
+    """Padding counts, and so does the memory of a cache of their own: here it may have 7 rows or 2. A prompt longer
+    than a piece is read in pieces."""
+    monkeypatch.setattr(engine, "work_bytes", lambda *a, **k: rows)
+    monkeypatch.setattr(engine, "row_bytes", lambda *a, **k: 1)
     lengths, read, features = [3, 40, 1, 18, 5, 4, 4], [], model.features
     monkeypatch.setattr(model, "features", lambda ids, *others: read.append(tuple(ids.shape)) or features(ids, *others))
     prompts = [[(7 * i + j) % 64 for j in range(length)] for i, length in enumerate(lengths)]
     x = Engine(model, 7, 50, piece=20).start(range(7), prompts)
-    assert read == [(2, 3), (3, 5), (1, 20), (1, 20), (1, 18)]
+    assert read == expected
     monkeypatch.undo()
     for logits, prompt in zip(x, prompts):
         assert torch.allclose(logits, full_logits(model, prompt)[-1], atol=2e-5)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from budget import Completion, opens_thought
 from chat import Printer
 from checkpoint import save_pretrained
 from generate import generate
-from model import ModelConfig, NemotronH
-from sizes import count_parameters, step_bytes
+from model import PRESETS, ModelConfig, NemotronH
+from sizes import count_parameters, row_bytes, step_bytes, weights_bytes, work_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -491,3 +492,24 @@ def test_cuda_where_there_is_none(folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert G.main(["--checkpoint", str(folder), "x", "--device", "cuda"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_rows_at_once_follow_the_memory(monkeypatch):
+    """The 9B in bfloat16 beside its weights: a row takes its cache and what choosing a token takes, a prefill its work
+    and a cache of prompts that are read together."""
+    head = SimpleNamespace(weight=torch.empty(1, dtype=torch.bfloat16, device="meta"))
+    model = SimpleNamespace(lm_head=head, impl="triton", buffers=list, config=PRESETS["nano-9b"])
+    monkeypatch.setattr(G, "PREFILL", {"cpu": 4096})
+    monkeypatch.setattr(G, "ROWS", {"cpu": 512})
+    free = lambda bytes_: lambda device: bytes_
+    weights, less = weights_bytes(model.config), 2 * work_bytes(model.config, 256)
+    for tokens in (552, 131072):
+        work = 2 * work_bytes(model.config, 4096)
+        each = row_bytes(model.config, tokens) + 60 * 131072
+        for rows in (1, 7):
+            monkeypatch.setattr(G, "free_bytes", free(weights + work + rows * each + 1))
+            assert G._rows_at_once(model, tokens) == (rows, 4096)
+        monkeypatch.setattr(G, "free_bytes", free(weights + less + each))
+        assert G._rows_at_once(model, tokens)[1] == 256  # smaller pieces before nothing
+    monkeypatch.setattr(G, "free_bytes", free(2**50))
+    assert G._rows_at_once(model, 552) == (512, 4096)

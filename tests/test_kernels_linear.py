@@ -128,6 +128,12 @@ def test_more_than_64_rows_are_the_plain_twin(monkeypatch):
         assert torch.equal(linear(**given), plain(**given))
 
 
+def test_int8_is_spelled_out_in_one_pass():
+    weight = torch.randint(-128, 128, (33, 2570), dtype=torch.int8, device=DEVICE)  # rows longer than a program's share
+    scale = torch.rand(33, device=DEVICE)
+    assert torch.equal(file.spell_out(weight, scale, torch.float32), weight * scale[:, None])
+
+
 def every_code(N, dtype):
     """(weights, scale): every row has the codes -128 .. 127 in an order of its own; scales are powers of two."""
     codes = (torch.arange(256)[None, :] + 37 * torch.arange(N)[:, None]) % 256 - 128
