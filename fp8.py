@@ -33,9 +33,10 @@ matmuls of the stack (`convert_`). In eval mode a layer is the plain nn.Linear t
 training multiplies, not what the model is.
 
 Why by hand, and what the libraries do better. Transformer Engine and torchao quantise in fused kernels and multiply on
-tensor cores: that is where the speed is. Here every rounding can be looked at, on a laptop, and every choice can be
-swapped for another. Slower than bfloat16 it is, in exchange. Not emulated is the order of the sums: Hopper adds 128
-products with fewer digits than float32 has, and only then goes on in float32.
+tensor cores: that is what eight bits are for. Here every rounding can be looked at, on a laptop, and every choice can
+be swapped for another. Slower than bfloat16 it is, in exchange. Not emulated is the order of the sums: Hopper adds 128
+products with fewer digits than float32 has, and only then goes on in float32. On Hopper a `Recipe` with impl "real" has
+`kernels/fp8.py` make the same codes and the tensor cores multiply them.
 
 Source: the report on pretraining (E4M3 for all tensors, these blocks and tiles, the eight matmuls left out), after
 DeepSeek-V3 (arXiv 2412.19437). The report does not say which scales; the rule with powers of two, the rounding and the
@@ -127,8 +128,8 @@ def _values(codes, dtype):
 def product(a, b, dtype):
     """a b^T of two Quantised, a (m, k) and b (n, k): (m, n) in `dtype`, summed in float32.
 
-    The one place where codes are multiplied, and both operands lie as a tensor core wants them, with tiles along the
-    last dimension: a kernel for real FP8 takes this function's place.
+    Both operands lie as a tensor core wants them, with tiles along the last dimension: `kernels.fp8.product` takes this
+    function's place where there is one.
     """
     narrow = a.power_of_two and b.power_of_two  # then bfloat16 holds every number
     with torch.autocast(a.codes.device.type, enabled=False):
@@ -150,30 +151,54 @@ class Recipe:
     """How operands are quantised; the defaults are the report's. Bad values raise ValueError.
 
     scaling: "block", or to compare, one scale a "row" or a "tensor". power_of_two False: scales of any float32.
-    gradients: "e4m3", or "e5m2", two bits of mantissa and five of exponent (TE's "hybrid").
+    gradients: "e4m3", or "e5m2", two bits of mantissa and five of exponent (TE's "hybrid"). impl: "emulate", on any
+    device, or "real", by the tensor cores of Hopper, for blocks only.
     """
 
     scaling: str = "block"
     power_of_two: bool = True
     gradients: str = "e4m3"
+    impl: str = "emulate"
 
     def __post_init__(self):
-        for name, choices in (("scaling", TILES), ("gradients", FORMATS)):
+        for name, choices in (("scaling", TILES), ("gradients", FORMATS), ("impl", ("emulate", "real"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.impl == "real" and self.scaling != "block":
+            raise ValueError(
+                f"impl 'real' multiplies blocks only: use scaling 'block', or impl 'emulate' for {self.scaling!r}"
+            )
 
     def activation(self, x):
-        return quantise(x, TILES[self.scaling][0], "e4m3", self.power_of_two)
+        return self._quantise(x, "e4m3")
 
     def gradient(self, g):
-        return quantise(g, TILES[self.scaling][0], self.gradients, self.power_of_two)
+        return self._quantise(g, self.gradients)
+
+    def _quantise(self, x, form):
+        if self.impl == "real":
+            from kernels import fp8 as kernels
+
+            return kernels.quantise(x, TILES[self.scaling][0], form, self.power_of_two)
+        return quantise(x, TILES[self.scaling][0], form, self.power_of_two)
 
     def weight(self, w):
         """(w, w^T), Quantised. Square tiles are rounded once and turned; rows are cut anew, along the other side."""
+        if self.impl == "real":
+            from kernels import fp8 as kernels
+
+            return kernels.both(w, "e4m3", self.power_of_two)
         tile = TILES[self.scaling][1]
         quantised = quantise(w, tile, "e4m3", self.power_of_two)
         turned = quantised.t() if tile[0] == tile[1] else quantise(w.t(), tile, "e4m3", self.power_of_two)
         return quantised, turned
+
+    def product(self, a, b, dtype):
+        if self.impl == "real":
+            from kernels import fp8 as kernels
+
+            return kernels.product(a, b, dtype)
+        return product(a, b, dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -185,7 +210,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, w_turned.codes, w_turned.scale)
         ctx.recipe, ctx.turned = recipe, (w_turned.tile, w_turned.shape, w_turned.power_of_two)
         ctx.weight_dtype = torch.promote_types(weight.dtype, torch.float32)
-        return product(recipe.activation(x), w, x.dtype)
+        return recipe.product(recipe.activation(x), w, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -193,10 +218,13 @@ class _Linear(torch.autograd.Function):
         x, codes, scale = ctx.saved_tensors
         recipe, dx, dweight = ctx.recipe, None, None
         if ctx.needs_input_grad[0]:
-            dx = product(recipe.gradient(g), Quantised(codes, scale, *ctx.turned), x.dtype)
+            dx = recipe.product(recipe.gradient(g), Quantised(codes, scale, *ctx.turned), x.dtype)
         if ctx.needs_input_grad[1]:
-            dweight = product(recipe.gradient(g.t()), recipe.activation(x.t()), ctx.weight_dtype)
+            dweight = recipe.product(recipe.gradient(g.t()), recipe.activation(x.t()), ctx.weight_dtype)
         return dx, dweight, None
+
+
+_by_kernels = torch.compiler.disable(_Linear.apply)  # launches are not for the compiler: it goes on behind them
 
 
 class Fp8Linear(nn.Linear):
@@ -216,7 +244,8 @@ class Fp8Linear(nn.Linear):
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         if x.dtype == torch.float16:
             raise ValueError("FP8 hides float16's overflows from the loss scaler: use bfloat16 or float32 with FP8")
-        y = _Linear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.recipe)
+        apply = _by_kernels if self.recipe.impl == "real" else _Linear.apply
+        y = apply(x.reshape(-1, x.shape[-1]), self.weight, self.recipe)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
