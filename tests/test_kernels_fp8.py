@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from reference import ours
 
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install -r requirements-test.txt")
 
@@ -168,6 +169,21 @@ def test_three_products_by_kernels_equal_the_emulated_ones(t, k, n, options, mon
         for name, a, b in zip(("y", "dx", "dw"), got, want):
             assert a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous(), name
             assert error(a, b) < (1e-6 if name == "dw" else limit), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the product itself is tested where it runs")
+def test_a_model_trains_alike_by_kernels(monkeypatch):
+    monkeypatch.setattr(kernels.F, "scaled_mm", Mock(F.scaled_mm))
+    torch.manual_seed(0)
+    ids, grads = torch.randint(0, 263, (2, 20)), []
+    for impl in ("emulate", "real"):
+        model = ours(hybrid_override_pattern="M-M*-M-").train()
+        assert fp8.convert_(model.backbone.layers, Recipe(impl=impl)) > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids).float().log_softmax(-1)[..., 0].mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name in grads[0]:
+        assert error(grads[1][name], grads[0][name]) < 0.03, name  # a last digit that differs can change a code
 
 
 class Mock:

@@ -411,11 +411,17 @@ def test_eight_bits_and_resume_to_the_bit(start, monkeypatch):
     whole, printed = start("whole", *eight)
     linears = [m for m in build("nano-1m", "meta").backbone.layers.modules() if type(m) is torch.nn.Linear]
     for words in ("fp8       emulate (asked for", f"fp8       {len(linears) - 8} of {len(linears)} matmuls",
-                  "the other 8", "192 tokens are no multiple of 128: the products over tokens", "filled up to 256", "the saved weights are judged as they are"):  # fmt: skip
+                  "the other 8", "192 tokens are no multiple of 128: the products over tokens",
+                  "filled up to 256", "the saved weights are judged as they are"):  # fmt: skip
         assert words in printed, words
     interrupt(monkeypatch, 4)
     halves, _ = start("halves", *eight)
-    halves, printed = start("halves", *eight)
+    convert, asked = train.fp8.convert_, []
+    with monkeypatch.context() as patch:  # as if on another machine, which has tensor cores: it goes on with the run
+        patch.setattr(train, "choose_fp8", lambda *given: ("real", "pretended"))
+        patch.setattr(train.fp8, "convert_", lambda stack, recipe: asked.append(recipe) or convert(stack))
+        halves, printed = start("halves", "--steps", "8", "--fp8", "real")
+    assert asked == [train.fp8.Recipe(impl="real")] and "fp8       real (pretended)" in printed
     assert "resume    at step 4 of 8" in printed
     files = [(out / "model.safetensors").read_bytes() for out in (whole, halves, plain)]
     assert files[0] == files[1] != files[2]
