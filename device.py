@@ -102,6 +102,37 @@ def choose_impl(wish, device, config=None, compiled=False):
     return "torch", missing
 
 
+def choose_fp8(wish, device, dtype):
+    """("off", "emulate" or "real", reason): whether the inner matmuls train with eight-bit operands, and who multiplies
+    them, beside matmuls in this dtype."""
+    if wish not in ("off", "emulate", "real"):
+        raise ValueError(f"--fp8 {wish!r} is not one of off, emulate, real")
+    if wish == "off":
+        return "off", "eight bits are taken only where --fp8 asks for them"
+    if dtype == torch.float16:
+        raise ValueError(
+            f"--fp8 {wish} and float16 do not go together: eight bits saturate where the loss scaler waits for an "
+            "infinity; use --dtype bfloat16 or float32, or --fp8 off"
+        )
+    if wish == "emulate":
+        return "emulate", "asked for: the roundings of eight bits, multiplied as wider numbers"
+    missing, cuda = None, torch.version.cuda or "0.0"
+    if device.type != "cuda":
+        missing = "it needs a GPU"
+    elif torch.cuda.get_device_capability(device) != (9, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        missing = f"PyTorch has it for compute capability 9.0 (Hopper) only; this card has {major}.{minor}"
+    elif tuple(map(int, cuda.split(".")[:2])) < (12, 9):
+        missing = f"it needs CUDA 12.9 or newer; this PyTorch was built with {cuda}"
+    elif not hasattr(torch.nn.functional, "scaled_mm"):
+        missing = f"it needs torch.nn.functional.scaled_mm; torch {torch.__version__} has none"
+    elif importlib.util.find_spec("triton") is None:
+        missing = "the package triton is not installed"
+    if missing:
+        raise ValueError(f"--fp8 real cannot be had: {missing}; use --fp8 emulate, which rounds alike on any device")
+    return "real", f"asked for; {torch.cuda.get_device_name(device)}, CUDA {cuda}"
+
+
 def _cpu_flags():
     try:
         return next(line for line in open("/proc/cpuinfo") if line.startswith("flags")).split()

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from device import choose_device, choose_dtype, choose_impl, memory_gib, peak_flops, room_gib  # isort: skip
+from device import choose_device, choose_dtype, choose_fp8, choose_impl, memory_gib, peak_flops, room_gib  # isort: skip
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import data
 import evaluate
+import fp8
 import resume
 import tasks
 from generate import answer
@@ -51,6 +52,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16 or float16: what the matrix products run in; weights stay float32
     impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
     compile: str = "auto"  # auto, on or off: torch.compile; auto means on a GPU
+    fp8: str = "off"  # off, emulate or real: inner matmuls in eight bits; emulate runs anywhere, real needs Hopper
     steps: int | None = None  # optimizer steps
     batch_rows: int | None = None  # rows in an optimizer step, all processes together; the first to lower for speed
     length: int | None = None  # tokens in a row; lower it when memory runs out
@@ -221,6 +223,7 @@ class Run:
         self.config = config = fill_in(config, self.device)
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         impl, impl_reason = choose_impl(config.impl, self.device, PRESETS[config.preset], compiled)
+        self.fp8, fp8_reason = choose_fp8(config.fp8, self.device, dtype)
         if config.batch_rows % (self.world * config.accumulate):
             raise ValueError(
                 f"--batch-rows {config.batch_rows} cannot be split over {self.world} processes times "
@@ -229,6 +232,7 @@ class Run:
         self.out = Path(config.out)
         self.state_file = self.out / "training.safetensors"
         self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
+        self.settings["fp8"] = "off" if self.fp8 == "off" else "on"  # who multiplies is not the run, as with impl
         self.check_out()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -255,6 +259,7 @@ class Run:
             f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
         )
         self.say(f"impl      {impl} ({impl_reason})")
+        self.say(f"fp8       {self.fp8} ({fp8_reason})")
         self.say(f"compile   {'on (the first step takes half a minute)' if compiled else 'off: plain PyTorch'}")
 
         # Data: rank 0 prepares, the others wait and then find it there
@@ -267,6 +272,8 @@ class Run:
 
         torch.manual_seed(config.seed)
         self.model = build(self.model_config, self.device).use(impl)
+        if self.fp8 != "off":
+            self.use_fp8()
         self.objective = Objective(self.model, evaluate.token_bytes(self.tokenizer).to(self.device), impl)
         if compiled:  # layer by layer: equal layers share one compiled graph, half a minute instead of several
             torch.set_float32_matmul_precision("high")
@@ -288,6 +295,20 @@ class Run:
         self.clock = time.time()
         self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
 
+    def use_fp8(self):
+        """Let the inner matmuls train in eight bits, and say which. Before anything is compiled."""
+        stack = self.model.backbone.layers
+        fp8.convert_(stack, fp8.Recipe(impl=self.fp8))
+        lines = fp8.describe(stack).split("\n")
+        part = self.tokens // (self.world * self.config.accumulate)
+        if part % fp8.BLOCK:
+            lines.append(
+                f"a part's {part:,} tokens are no multiple of {fp8.BLOCK}: the products over tokens, of the weights' "
+                f"gradients, are filled up to {fp8.padded(part):,}"
+            )
+        lines.append("at the end the saved weights are judged as they are, without eight bits")
+        self.say("fp8       " + "\n          ".join(lines))
+
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
@@ -305,7 +326,8 @@ class Run:
             raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
             before = resume.peek_training(self.state_file).get("config", {})
-            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
+            before = {f.name: f.default for f in fields(TrainConfig)} | before  # a flag may be younger than the folder
+            changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in self.settings.items() if before[k] != v]
             if changed:
                 raise ValueError(
                     f"{self.out} holds a run with other settings ({', '.join(changed[:4])}): use the same flags to "
@@ -452,7 +474,8 @@ class Window:
         if not math.isfinite(entry["loss"]):
             raise ValueError(f"the loss is {entry['loss']} at step {run.step}: lower --lr (now {config.lr:g})")
         bits = f"{entry['bits_per_byte']:.2f} bits/byte  " if text_bytes else ""
-        mfu = f"MFU {entry['mfu']:.1%}  " if self.peak else ""
+        peak = " of the bf16 peak" if run.fp8 == "real" else ""
+        mfu = f"MFU {entry['mfu']:.1%}{peak}  " if self.peak else ""
         left = (config.steps - run.step) * elapsed / steps / 60
         run.say(
             f"step {run.step:5d}/{config.steps}  loss {entry['loss']:.3f}  tasks {entry['task_loss']:.3f}  {bits}"

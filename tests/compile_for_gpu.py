@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import attend, decode, ssd
+from kernels import attend, decode, fp8, ssd
 from kernels.cross_entropy import cross_entropy_
 from mamba2 import Mamba2Mixer
 from model import PRESETS, build
@@ -36,6 +36,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 DONE = set()
@@ -112,4 +113,9 @@ if __name__ == "__main__":
     meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
     tokens = meta(64, dtype=torch.int64), meta(64, dtype=torch.bool)
     cross_entropy_(meta(64, 131072, dtype=torch.bfloat16), *tokens)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = meta(300, 1296, dtype=dtype)
+        fp8.quantise(x, (1, 128))
+        fp8.quantise(x.t(), (1, 128), "e5m2", power_of_two=False)
+        fp8.both(x)
     steps(meta)

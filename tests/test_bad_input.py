@@ -88,6 +88,8 @@ def refused(script, flags, says, capsys, folder):
 # (flags, what the sentence says). All of them are told before a folder is made.
 TRAIN = [
     ("--impl magic", "is not one of auto, torch, triton"),
+    ("--fp8 maybe", "'maybe' is not one of off, emulate, real"),
+    ("--fp8 real", "use --fp8 emulate, which rounds alike on any device"),
     ("--preset nano-1g", "choose one of nano-1m"),
     ("--preset nano-12b", "GiB for weights"),
     ("--device cuda", "no CUDA device"),
@@ -146,7 +148,7 @@ TRAIN = [
     ("--out text.txt", "text.txt is a file"),
     ("--out text.txt/new", "text.txt is a file"),
     ("--out mine", "not a whole safetensors file"),
-    ("--out other", "a run with other settings (preset None -> 'nano-1m'"),
+    ("--out other", "a run with other settings (preset 'auto' -> 'nano-1m'"),
     ("--out stage", "a run with other settings"),
     ("--out m/model.safetensors", "is a file"),
     ("--colour", "--colour"),

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton: pip instal
 KERNELS = {
     "conv1d": {"_forward", "_backward"}, "norm": {"_forward", "_backward"}, "decode": {"_mixer_step"},
     "cross_entropy": {"_rows"}, "linear": {"_linear"}, "attend": {"_put", "_part", "_weigh"},
+    "fp8": {"_quantise"},
     "ssd": {"_decays", "_walk", "_mix"},
     "ssd_backward": {"_pairs", "_gather", "_finish"},
 }  # fmt: skip

@@ -23,7 +23,7 @@ import data
 import device as machine
 import train
 from generate import answer
-from model import PRESETS
+from model import PRESETS, build
 from train import Objective, TrainConfig, fill_in, make_optimizer, train_step, wsd
 
 CPU = torch.device("cpu")
@@ -402,6 +402,53 @@ def test_another_setting_in_the_same_folder_is_refused(start):
     _, printed = start("one", "--steps", "2", "--lr", "1e-3", "--seed", "1", code=2)
     assert "lr 0.002 -> 0.001, seed 0 -> 1" in printed
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_eight_bits_and_resume_to_the_bit(start, monkeypatch):
+    plain, printed = start("plain", "--steps", "8")
+    assert "fp8       off (" in printed
+    eight = ["--steps", "8", "--fp8", "emulate"]
+    whole, printed = start("whole", *eight)
+    linears = [m for m in build("nano-1m", "meta").backbone.layers.modules() if type(m) is torch.nn.Linear]
+    for words in ("fp8       emulate (asked for", f"fp8       {len(linears) - 8} of {len(linears)} matmuls",
+                  "the other 8", "192 tokens are no multiple of 128: the products over tokens",
+                  "filled up to 256", "the saved weights are judged as they are"):  # fmt: skip
+        assert words in printed, words
+    interrupt(monkeypatch, 4)
+    halves, _ = start("halves", *eight)
+    convert, asked = train.fp8.convert_, []
+    with monkeypatch.context() as patch:  # as if on another machine, which has tensor cores: it goes on with the run
+        patch.setattr(train, "choose_fp8", lambda *given: ("real", "pretended"))
+        patch.setattr(train.fp8, "convert_", lambda stack, recipe: asked.append(recipe) or convert(stack))
+        halves, printed = start("halves", "--steps", "8", "--fp8", "real")
+    assert asked == [train.fp8.Recipe(impl="real")] and "fp8       real (pretended)" in printed
+    assert "resume    at step 4 of 8" in printed
+    files = [(out / "model.safetensors").read_bytes() for out in (whole, halves, plain)]
+    assert files[0] == files[1] != files[2]
+    a, b = (load_file(out / "training.safetensors") for out in (whole, halves))
+    assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    losses = [[line["loss"] for line in logged(out)[0]] for out in (whole, plain)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    _, printed = start("halves", "--steps", "8", code=2)
+    assert "holds a run with other settings (fp8 'on' -> 'off')" in printed
+
+
+def test_a_folder_from_before_a_flag_goes_on(start, monkeypatch):
+    whole, _ = start("whole", "--steps", "8")
+    interrupt(monkeypatch, 4)
+    save = train.resume.save_training
+
+    def older(file, model, optimizer, loop):
+        save(file, model, optimizer, loop | {"config": {k: v for k, v in loop["config"].items() if k != "fp8"}})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.resume, "save_training", older)
+        halves, _ = start("halves", "--steps", "8")
+    assert "fp8" not in train.resume.peek_training(halves / "training.safetensors")["config"]
+    _, printed = start("halves", "--steps", "8", "--fp8", "emulate", code=2)
+    assert "(fp8 'off' -> 'on')" in printed
+    start("halves", "--steps", "8")
+    assert (whole / "model.safetensors").read_bytes() == (halves / "model.safetensors").read_bytes()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(start, monkeypatch):

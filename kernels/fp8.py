@@ -1,0 +1,152 @@
+"""FP8 on Hopper: a kernel for codes and scales, and their product on the tensor cores.
+
+`fp8.py` says what is computed, in plain PyTorch: quantising there is half a dozen passes over a matrix. Here it is one.
+A program holds a tile of the matrix, and everything that the rule needs is in that tile: the largest magnitude, the
+multiplier, the codes. It is read once and written once, a byte a number. The same bits as `fp8.quantise`, on any card.
+
+- Tiles are 1 x 128, or 128 x 128 for a weight. The kernel takes strides, so the copy whose tiles lie along the other
+  axis is made from `x.t()`, a view: read as it lies in memory, written transposed.
+- A product wants both operands with the summed dimension last. A square block is the same block when it is turned, so
+  `both` writes the codes of a weight twice, as W and as W^T: rounded once, read once.
+- Rounding is integer arithmetic. The bits of a float32 are a number that grows with it: adding half of what will be cut
+  off, less one when the last digit that stays is even, rounds to the nearest, ties to even, and carries into the
+  exponent by itself. Below the smallest normal code, steps are all equal: adding 2^23 of them to the magnitude leaves
+  float32 no digits for anything finer, and the sum's last digits are the code.
+- The quotient 448 / amax must be the nearest float32 (`div_rn`): one digit off, and a power of two may be halved.
+
+The product is cuBLAS's, through `torch.nn.functional.scaled_mm`. It wants A by rows and B by columns, which is both
+with the summed dimension last, and scales in an order of its own: of 1 x 128 tiles those of neighbouring rows are
+neighbours in memory, of blocks those along the summed dimension, filled up to a multiple of four. It needs compute
+capability 9.0 and CUDA 12.9 (`device.choose_fp8`). Neighbouring operations are not fused with the kernel, and under
+torch.compile a graph ends at every layer.
+
+Source: the scale layouts are those of NVIDIA's cuBLAS documentation (1D 128-element and 2D 128x128 block scaling).
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from fp8 import BLOCK, FORMATS, TILES, Quantised
+
+MANTISSA = {"e4m3": 3, "e5m2": 2}
+ALIGNED = 16  # cuBLAS wants matrices whose sides are multiples of 16 bytes
+ROWS, SQUARE = TILES["block"]  # (1, 128) and (128, 128)
+
+
+@triton.jit
+def _quantise(
+    x, codes, turned, scale, rows, columns, filled, x_row, x_column, pitch, turned_pitch, scale_row, scale_column,
+    largest, input_largest,
+    MANTISSA: tl.constexpr, BIAS: tl.constexpr, POWER_OF_TWO: tl.constexpr, SQUARE: tl.constexpr,
+    TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile (ROWS, COLUMNS): one scale for all of it if SQUARE, else one for each row. Rows up to `filled` exist in
+    the output."""
+    tile_row, tile_column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)  # offsets may pass 2^31
+    r = tile_row * ROWS + tl.arange(0, ROWS)
+    c = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    v = tl.load(x + r[:, None] * x_row + c[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+
+    size = tl.where(v == v, tl.abs(v), float("inf"))  # NaN: no scale, like infinity
+    amax = tl.max(size, 1)  # (ROWS,)
+    if SQUARE:
+        amax = tl.zeros((ROWS,), tl.float32) + tl.max(amax, 0)
+    scaled = (amax > 0) & (amax < float("inf"))
+    m = tl.minimum(tl.div_rn(tl.zeros((ROWS,), tl.float32) + largest, tl.where(scaled, amax, 1.0)), input_largest)
+    if POWER_OF_TWO:
+        m = (m.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+    m = tl.where(scaled, m, 1.0)
+
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    v = v * m[:, None]
+    size = tl.minimum(tl.abs(v), largest)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
+    STEPS: tl.constexpr = 2.0 ** (1 - BIAS - MANTISSA + 23)  # 2^23 of the smallest code
+    small = (size + STEPS).to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(size < 2.0 ** (1 - BIAS), small, normal)
+    code = tl.where(v == v, code, 0x7F) | ((v.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    code = code.to(tl.uint8)
+
+    there = (r < filled)[:, None] & (c >= 0)[None, :]  # (ROWS, COLUMNS)
+    tl.store(codes + r[:, None] * pitch + c[None, :], code, mask=there)
+    if TURNED:
+        tl.store(turned + c[:, None] * turned_pitch + r[None, :], tl.trans(code))
+    decode = tl.div_rn(tl.zeros((ROWS,), tl.float32) + 1.0, m)
+    if SQUARE:
+        tl.store(scale + tile_row * scale_row + tile_column * scale_column, tl.max(decode, 0))
+    else:
+        tl.store(scale + r * scale_row + tile_column * scale_column, decode, mask=r < filled)
+
+
+def _run(x, tile, form, power_of_two, both):
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16) or tile not in (ROWS, SQUARE):
+        raise ValueError(
+            f"the FP8 kernel takes a matrix in float32 or bfloat16 and tiles {ROWS} or {SQUARE}; got "
+            f"{tuple(x.shape)} in {x.dtype}, {tile}"
+        )
+    (rows, columns), square, form_dtype = x.shape, tile == SQUARE, FORMATS[form]
+    align = BLOCK if square else ALIGNED  # of rows; columns are summed over, in whole tiles
+    filled, across = rows + -rows % align, -(-columns // BLOCK)
+    codes = torch.empty(filled, across * BLOCK, dtype=torch.uint8, device=x.device)
+    turned = torch.empty(across * BLOCK, filled, dtype=torch.uint8, device=x.device) if both else codes
+    if square:
+        scale = torch.empty(filled // BLOCK, across, dtype=torch.float32, device=x.device)
+    else:
+        scale = torch.empty(across, filled, dtype=torch.float32, device=x.device).t()  # the outer dimension first
+    if filled and across:
+        height = BLOCK if square else 32
+        with torch.cuda.device_of(x):
+            _quantise[(-(-filled // height), across)](
+                x, codes, turned, scale, rows, columns, filled, *x.stride(), codes.stride(0), turned.stride(0),
+                *scale.stride(), torch.finfo(form_dtype).max, torch.finfo(x.dtype).max,
+                MANTISSA=MANTISSA[form], BIAS=2 ** (6 - MANTISSA[form]) - 1, POWER_OF_TWO=power_of_two, SQUARE=square,
+                TURNED=both, ROWS=height, COLUMNS=BLOCK, num_warps=8 if square else 4,
+            )  # fmt: skip
+    one = Quantised(codes.view(form_dtype), scale, tile, (rows, columns), power_of_two)
+    if not both:
+        return one
+    return one, Quantised(turned.view(form_dtype), scale.t(), tile[::-1], (columns, rows), power_of_two)
+
+
+def quantise(x, tile, form="e4m3", power_of_two=True):
+    """`fp8.quantise` in one pass, to the bit, for tiles (1, 128) and (128, 128); of any strides.
+
+    x (rows, columns) float32 or bfloat16, else ValueError. Rows of 1 x 128 tiles are filled up with zeros to a multiple
+    of 16 (their scale is 1), and scales lie in memory as the product wants them.
+    """
+    return _run(x, tile, form, power_of_two, both=False)
+
+
+def both(w, form="e4m3", power_of_two=True):
+    """(w, w^T) in blocks of 128 x 128: the same codes and scales, each with its rows as neighbours in memory."""
+    return _run(w, SQUARE, form, power_of_two, both=True)
+
+
+def scales_for_cublas(q):
+    """Scales of a Quantised in the order of `scaled_mm`: of 1 x 128 tiles (rows, tiles), rows the neighbours in memory;
+    of blocks (tiles across, filled up to a multiple of 4; tiles down), those across the neighbours."""
+    if q.tile == ROWS:
+        return q.scale.t().contiguous().t()
+    return F.pad(q.scale, (0, -q.scale.shape[1] % 4)).contiguous().t()
+
+
+def product(a, b, dtype):
+    """a b^T of two Quantised, a (m, k) and b (n, k), codes as this file makes them: (m, n) in `dtype`, bfloat16 or
+    float32, by the tensor cores. At most one of the two in square blocks. Differs from `fp8.product` in the order of
+    the sums."""
+    kinds = {ROWS: F.ScalingType.BlockWise1x128, SQUARE: F.ScalingType.BlockWise128x128}
+    if a.tile == b.tile == SQUARE:
+        raise ValueError("a product of two matrices in 128 x 128 blocks does not exist: one must have 1 x 128 tiles")
+    m, n = a.shape[0], b.shape[0]
+    if not (m and n and a.shape[1]):
+        return torch.zeros(m, n, dtype=dtype, device=a.codes.device)
+    plain = F.SwizzleType.NO_SWIZZLE
+    y = F.scaled_mm(
+        a.codes, b.codes.t(), scales_for_cublas(a), kinds[a.tile], scales_for_cublas(b), kinds[b.tile], plain, plain,
+        output_dtype=dtype,
+    )  # fmt: skip
+    return y[:m, :n].contiguous()
