@@ -31,13 +31,16 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import curriculum
 import data
 import evaluate
 import resume
+import schedule
 import tasks
 from generate import answer
 from loss import next_token_loss
 from model import PRESETS, build
+from schedule import wsd
 from sizes import count_parameters, describe, flops_per_token
 
 
@@ -58,11 +61,13 @@ class TrainConfig:
     lr: float | None = None  # peak learning rate
     warmup: float = 0.02  # share of the steps in which the rate rises
     decay: float | None = None  # share of the steps, at the end, in which it falls to a hundredth
+    decay_shape: str = "linear"  # how it falls: linear, cosine, exponential or minus_sqrt
     weight_decay: float = 0.1
     clip: float = 1.0  # the gradient's norm is cut to this
     vocab: int | None = None  # entries of the tokenizer, trained on the machine's own text
     text: str | None = None  # a text file, or a folder of them, in place of the installed text
     text_share: float | None = None  # share of text in the tokens; the rest is tasks
+    phases: str = ""  # shares of the run at which the data blend changes: 0.6,0.9 as in the report; empty: one blend
     data_rows: int | None = None  # packed rows to prepare; read again from the start when used up
     seed: int = 0
     log_every: int | None = None  # steps between lines
@@ -109,8 +114,13 @@ def fill_in(config, device):
         raise ValueError(
             f"--warmup {config.warmup} and --decay {config.decay} are shares of the run: together at most 1"
         )
+    if config.decay_shape not in schedule.SHAPES:
+        raise ValueError(f"--decay-shape {config.decay_shape!r} is not one of {', '.join(schedule.SHAPES)}")
     if not 0 <= config.text_share <= 1:
         raise ValueError(f"--text-share is a share between 0 and 1; got {config.text_share}")
+    if config.phases:
+        curriculum.starts(config.steps, curriculum.boundaries(config.phases))
+        curriculum.blends(config.text_share, {})
     if config.batch_rows % config.accumulate:
         raise ValueError(
             f"--batch-rows {config.batch_rows} cannot be split into --accumulate {config.accumulate} parts"
@@ -123,14 +133,6 @@ def fill_in(config, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a training step
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def wsd(step, steps, warmup, decay, floor=0.01):
-    """Warmup-stable-decay: the share of the peak learning rate at `step`. Linear up, flat, linear down to `floor`
-    (the report: 4.5e-4 down to 4.5e-6 over the last 18 %)."""
-    up = (step + 1) / max(1.0, warmup * steps)
-    down = (steps - step) / max(1.0, decay * steps)
-    return max(floor, min(1.0, up, down))
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -254,6 +256,9 @@ class Run:
             f"step      {config.batch_rows} rows of {config.length} = {self.tokens:,} tokens, in {config.accumulate} "
             f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
         )
+        self.starts = curriculum.starts(config.steps, curriculum.boundaries(config.phases))
+        told = schedule.describe(config.steps, config.warmup, config.decay, config.decay_shape, self.starts)
+        self.say(f"schedule  {told}")
         self.say(f"impl      {impl} ({impl_reason})")
         self.say(f"compile   {'on (the first step takes half a minute)' if compiled else 'off: plain PyTorch'}")
 
@@ -263,7 +268,9 @@ class Run:
         folder, self.tokenizer, self.held_out = data.make(config, os.cpu_count() or 1, self.say)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
-        self.loader = data.Loader(folder, config.batch_rows, self.rank, self.world, config.seed)
+        given = config.batch_rows, self.rank, self.world, config.seed
+        self.loader = data.PhasedLoader(folder, self.starts, *given) if config.phases else data.Loader(folder, *given)
+        self.fingerprint = data.fingerprint(folder)
 
         torch.manual_seed(config.seed)
         self.model = build(self.model_config, self.device).use(impl)
@@ -305,7 +312,9 @@ class Run:
             raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
             before = resume.peek_training(self.state_file).get("config", {})
-            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
+            unknown = {f.name: f.default for f in fields(TrainConfig)}  # to a folder made before there was such a flag
+            before = unknown | before
+            changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in self.settings.items() if before[k] != v]
             if changed:
                 raise ValueError(
                     f"{self.out} holds a run with other settings ({', '.join(changed[:4])}): use the same flags to "
@@ -313,6 +322,11 @@ class Run:
                 )
 
     def resume(self):
+        if resume.peek_training(self.state_file).get("data", self.fingerprint) != self.fingerprint:
+            raise ValueError(
+                f"the data of {self.out} cannot be made again, because the text on this machine, or this program, has "
+                "changed since: give another --out to start anew"
+            )
         loop = resume.load_training(self.state_file, self.model, self.optimizer)
         self.step, self.seconds_before = loop["step"], loop["seconds"]
         self.loader.restore(loop["loader"])
@@ -321,12 +335,18 @@ class Run:
             entries = map(_entry, (self.out / "log.jsonl").read_text("utf-8", "replace").splitlines())
             self.log = [e for e in entries if "loss" in e and e.get("step", 0) <= self.step]
         self.say(f"resume    at step {self.step} of {self.config.steps}")
+        if "decay_shape" not in loop["config"] and self.config.decay:
+            self.say(
+                "          begun before --decay-shape: a falling rate was cut off at a hundredth of the peak and now "
+                "glides there, which changes it by less than that hundredth"
+            )
 
     def save(self, folder=False):
         """The training state, and with `folder` also the checkpoint folder that generate.py opens."""
         if self.rank == 0:
             loop = {"step": self.step, "seconds": self.seconds(), "config": self.settings,
-                    "loader": self.loader.state(), "scaler": self.scaler.state_dict()}  # fmt: skip
+                    "loader": self.loader.state(), "data": self.fingerprint,
+                    "scaler": self.scaler.state_dict()}  # fmt: skip
             if folder:  # first: a kill in between then repeats some steps, and the folder is written again
                 checkpoint.save_pretrained(self.out, self.model, self.tokenizer)
             resume.save_training(self.state_file, self.model, self.optimizer, loop)
@@ -359,7 +379,8 @@ class Run:
             window.waited += time.time() - before
             if self.device.type == "cuda":
                 batch = [t.pin_memory().to(self.device, non_blocking=True) for t in batch]
-            rate = config.lr * wsd(self.step, config.steps, config.warmup, config.decay)
+            share = wsd(self.step, config.steps, config.warmup, config.decay, shape=config.decay_shape)
+            rate = config.lr * share
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             sums, norm = train_step(
@@ -446,6 +467,7 @@ class Window:
             "step": run.step, "tokens": run.step * run.tokens, "seconds": round(run.seconds(), 2),
             "loss": (task + text) / max(1, tasks_n + text_n), "task_loss": task / max(1, tasks_n),
             "bits_per_byte": text / math.log(2) / text_bytes if text_bytes else None, "norm": norm.item(), "lr": rate,
+            "phase": curriculum.phase_of(run.step - 1, run.starts) + 1,
             "tokens_per_second": speed, "mfu": speed * self.flops / self.peak / run.world if self.peak else None,
             "memory_gib": memory_gib(run.device), "waiting": self.waited / elapsed,
         }  # fmt: skip
