@@ -73,6 +73,7 @@ class TrainConfig:
     log_every: int | None = None  # steps between lines
     sample_every: int | None = None  # steps between the questions it answers as it trains; 0 for never
     save_every: int | None = None  # steps between saves
+    phase_eval: int = 4  # with --phases: held-out questions for each family and level where a phase or the fall begins
     eval_count: int | None = None  # held-out questions for each family and level at the end; 0 for none
 
 
@@ -97,7 +98,7 @@ def fill_in(config, device):
     run = RUNS.get(config.preset, list(RUNS.values())[-1])
     config = replace(config, **{k: v for k, v in run.items() if getattr(config, k) is None})
     at_least = dict(steps=1, batch_rows=1, length=64, accumulate=1, log_every=1, sample_every=0, save_every=1,
-                    eval_count=0, data_rows=1, seed=0, weight_decay=0, warmup=0, decay=0)  # fmt: skip
+                    eval_count=0, phase_eval=0, data_rows=1, seed=0, weight_decay=0, warmup=0, decay=0)  # fmt: skip
     for name, low in at_least.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(config, name)}")
@@ -208,6 +209,7 @@ NOT_THE_RUN = {
     "sample_every",
     "save_every",
     "eval_count",
+    "phase_eval",
     "accumulate",
 }
 
@@ -257,6 +259,10 @@ class Run:
             f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
         )
         self.starts = curriculum.starts(config.steps, curriculum.boundaries(config.phases))
+        self.marks = {s: f"blend {i} begins" for i, s in enumerate(self.starts[1:], 2)}
+        self.fall = schedule.decay_start(config.steps, config.decay)
+        if self.fall:
+            self.marks[self.fall] = ", ".join([*filter(None, [self.marks.get(self.fall)]), "the rate begins to fall"])
         told = schedule.describe(config.steps, config.warmup, config.decay, config.decay_shape, self.starts)
         self.say(f"schedule  {told}")
         self.say(f"impl      {impl} ({impl_reason})")
@@ -333,7 +339,8 @@ class Run:
         self.scaler.load_state_dict(loop["scaler"])
         if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
             entries = map(_entry, (self.out / "log.jsonl").read_text("utf-8", "replace").splitlines())
-            self.log = [e for e in entries if "loss" in e and e.get("step", 0) <= self.step]
+            kept = (e for e in entries if e.keys() & {"loss", "boundary"})
+            self.log = [e for e in kept if e.get("step", 0) <= self.step]
         self.say(f"resume    at step {self.step} of {self.config.steps}")
         if "decay_shape" not in loop["config"] and self.config.decay:
             self.say(
@@ -395,6 +402,10 @@ class Run:
                 before = time.time()
                 self.ask([questions[(self.step // every + i) % len(questions)] for i in (0, 3)])
                 window.start += time.time() - before
+            if self.rank == 0 and self.step in self.marks and config.phases:
+                before = time.time()
+                self.boundary()
+                window.start += time.time() - before
             if self.step % config.save_every == 0 or self.step == config.steps:
                 self.save(folder=self.step == config.steps)
             if self.step < config.steps and self.stop_asked(signals):
@@ -416,26 +427,49 @@ class Run:
                 )
         self.model.train()
 
+    def exam(self, count, levels):
+        """Held-out bits a byte and, if `count`, exact answers by family and level: the part of a record with both."""
+        with torch.compiler.set_stance("force_eager"):
+            self.model.eval()
+            bits = {
+                kind: evaluate.bits_per_byte(self.model, self.tokenizer, texts, self.config.length)
+                for kind, texts in self.held_out.items()
+                if texts
+            }
+            table = count and evaluate.accuracy(self.model, self.tokenizer, levels=levels, count=count)
+        self.model.train()
+        self.say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in bits.items()))
+        return {"held_out_bits_per_byte": bits} | ({"accuracy": table} if count else {})
+
+    def boundary(self):
+        """Where a blend ends or the rate begins to fall: what the model can do, and what it has been reading."""
+        phase = curriculum.phase_of(self.step - 1, self.starts)
+        entry = {"step": self.step, "tokens": self.step * self.tokens, "boundary": self.marks[self.step],
+                 "phase": phase + 1, "intended": self.loader.intended[phase],
+                 "realised": self.loader.realised[phase]}  # fmt: skip
+        self.say(f"step {self.step:5d}: {entry['boundary']}; before it:")
+        entry |= self.exam(self.config.phase_eval, (1, 2, 3))
+        for kind in ("reasoning", "retrieval") if self.config.phase_eval else ():
+            cells = [
+                cell["exact"]
+                for name, levels in entry["accuracy"].items()
+                for cell in levels.values()
+                if tasks.FAMILIES[name].kind == kind
+            ]
+            self.say(f"{kind}: {sum(cells) / len(cells):.1%} exact of {len(cells) * self.config.phase_eval} questions")
+        self.record(entry)
+
     def finish(self):
         """The end of a run: bits per byte on held-out text, accuracy by family, a plot; returns the closing record."""
         config = self.config
         result = {"step": self.step, "seconds": round(self.seconds(), 1)}
         self.say(f"trained {config.steps} steps in {self.seconds():.0f} s")
-        with torch.compiler.set_stance("force_eager"):
-            self.model.eval()
-            result["held_out_bits_per_byte"] = bits = {
-                kind: evaluate.bits_per_byte(self.model, self.tokenizer, texts, config.length)
-                for kind, texts in self.held_out.items()
-                if texts
-            }
-            self.say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in bits.items()))
-            if config.eval_count:
-                levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
-                table = evaluate.accuracy(self.model, self.tokenizer, levels=levels, count=config.eval_count)
-                result["accuracy"] = table
-                self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
-                self.say(evaluate.format_table(table))
-        plot(self.log, self.out / "curve.png")
+        levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
+        result |= self.exam(config.eval_count, levels)
+        if config.eval_count:
+            self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
+            self.say(evaluate.format_table(result["accuracy"]))
+        plot(self.log, self.out / "curve.png", {step * self.tokens / 1e6: label for step, label in self.marks.items()})
         result["wall_seconds"] = round(time.time() - self.started, 1)
         self.record(result)
         self.say(f"\nall done in {result['wall_seconds']:.0f} s. Next, a new question, or none to chat:")
@@ -510,7 +544,8 @@ def _insist(signals):
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
-def plot(log, path):
+def plot(log, path, marks):
+    """Losses and rate over millions of tokens; marks: {million tokens: what happens there}, drawn as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -522,10 +557,17 @@ def plot(log, path):
     left.plot(millions, [e["task_loss"] for e in lines], label="tasks: nats a token")
     if any(e["bits_per_byte"] for e in lines):
         left.plot(millions, [e["bits_per_byte"] for e in lines], label="text: bits a byte")
+    exams = [(e["tokens"] / 1e6, bits) for e in log for bits in e.get("held_out_bits_per_byte", {}).values()]
+    if exams:
+        left.plot(*zip(*exams), "o", markersize=4, label="held-out text: bits a byte")
+    for place, label in marks.items():
+        left.axvline(place, linestyle=":", color="gray", linewidth=1)
+        right.axvline(place, linestyle=":", color="gray", linewidth=1)
+        right.text(place, 0, f"{label} ", rotation=90, ha="right", va="bottom", fontsize=7)
     left.set(xlabel="million tokens", yscale="log", title="training loss")
     left.legend()
     right.plot(millions, [e["lr"] for e in lines])
-    right.set(xlabel="million tokens", title="learning rate: warm-up, stable, decay")
+    right.set(xlabel="million tokens", ylim=(0, None), title="learning rate: warm-up, stable, decay")
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -138,7 +138,7 @@ def test_what_does_not_fit_the_phases_is_refused(folder):
 
 FLAGS = (
     "--device cpu --preset nano-1m --length 64 --batch-rows 2 --vocab 384 --data-rows 100 --text-share 0.3 --steps 50 "
-    "--decay 0.18 --phases 0.6,0.9 --log-every 5 --sample-every 0 --eval-count 0 --save-every 1000"
+    "--decay 0.18 --phases 0.6,0.9 --log-every 5 --sample-every 0 --eval-count 0 --phase-eval 0 --save-every 1000"
 ).split()
 
 
@@ -202,6 +202,39 @@ def test_a_run_stopped_at_every_boundary_equals_one_that_was_not(start):
     assert "resume    at step 46 of 50" in printed and same_state(whole, cut)
     lines = [[(e["step"], e["phase"], e["lr"]) for e in entries(out) if "loss" in e] for out in (whole, cut)]
     assert lines[0] == lines[1] and [phase for _, phase, _ in lines[0]] == [1] * 7 + [2] * 3 + [3]
+    exams = [[e for e in entries(out) if "boundary" in e] for out in (whole, cut)]
+    assert exams[0] == exams[1] and [(e["step"], e["phase"]) for e in exams[0]] == [(30, 1), (41, 2), (45, 2)]
+
+
+def test_the_exam_at_a_boundary(start):
+    out, printed = start("exam", "--phase-eval", "1", "--steps", "10", "--eval-count", "1")
+    at = [e for e in entries(out) if "boundary" in e]
+    assert [e["boundary"] for e in at] == ["blend 2 begins", "blend 3 begins, the rate begins to fall"]
+    for e, phase in zip(at, (1, 2)):
+        meta = json.loads((out / "data" / "meta.json").read_text())
+        assert e["intended"] == meta["blend"][phase - 1]["sources"] and e["realised"] == meta["shares"][phase - 1]
+        assert e["intended"].keys() == e["realised"].keys() and sum(e["realised"].values()) == pytest.approx(1)
+        assert 0 < e["held_out_bits_per_byte"]["text"] < 20 and len(e["accuracy"]) == len(tasks.FAMILIES)
+        assert all(list(levels) == ["1", "2", "3"] for levels in e["accuracy"].values())
+    assert "step     6: blend 2 begins; before it:" in printed and "reasoning: 0.0% exact of 27 questions" in printed
+    untested, printed = start("untested", "--phase-eval", "0", "--steps", "10")
+    assert same_state(out, untested)  # an exam changes nothing
+    assert all("accuracy" not in e for e in entries(untested)) and "questions" not in printed
+
+
+def test_the_plot_marks_the_boundaries(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    line = {"loss": 1.0, "task_loss": 1.0, "bits_per_byte": 2.0, "lr": 1e-3}
+    log = [line | {"tokens": n * 1_000_000} for n in range(1, 11)]
+    log.insert(6, {"boundary": "blend 2 begins", "tokens": 6_000_000, "held_out_bits_per_byte": {"text": 3.0}})
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    train.plot(log, tmp_path / "curve.png", {6.0: "blend 2 begins", 8.2: "the rate begins to fall"})
+    left, right = drawn[0].axes
+    dotted = [[line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in (left, right)]
+    assert dotted == [[6.0, 8.2]] * 2 and [t.get_text() for t in right.texts][0] == "blend 2 begins "
+    assert any(line.get_marker() == "o" and list(line.get_xydata()[0]) == [6.0, 3.0] for line in left.lines)
 
 
 def test_phases_are_part_of_the_run(start):
