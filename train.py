@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import branch
 import checkpoint
 import curriculum
 import data
@@ -62,6 +63,7 @@ class TrainConfig:
     warmup: float = 0.02  # share of the steps in which the rate rises
     decay: float | None = None  # share of the steps, at the end, in which it falls to a hundredth
     decay_shape: str = "linear"  # how it falls: linear, cosine, exponential or minus_sqrt
+    branch: str = ""  # folder of a run: go on from where its rate began to fall, with other --steps or --decay-shape
     weight_decay: float = 0.1
     clip: float = 1.0  # the gradient's norm is cut to this
     vocab: int | None = None  # entries of the tokenizer, trained on the machine's own text
@@ -222,6 +224,9 @@ class Run:
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device, device_reason = choose_device(config.device)
         dtype, dtype_reason = choose_dtype(config.dtype, self.device)
+        self.trunk = starts = None
+        if config.branch:
+            config, self.trunk, starts = branch.inherit(config, NOT_THE_RUN)
         self.config = config = fill_in(config, self.device)
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         impl, impl_reason = choose_impl(config.impl, self.device, PRESETS[config.preset], compiled)
@@ -231,7 +236,7 @@ class Run:
                 f"{config.accumulate} parts"
             )
         self.out = Path(config.out)
-        self.state_file = self.out / "training.safetensors"
+        self.state_file, self.stable_file = self.out / "training.safetensors", self.out / "stable.safetensors"
         self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
         self.check_out()
         if self.world > 1 and not dist.is_initialized():
@@ -258,7 +263,7 @@ class Run:
             f"step      {config.batch_rows} rows of {config.length} = {self.tokens:,} tokens, in {config.accumulate} "
             f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
         )
-        self.starts = curriculum.starts(config.steps, curriculum.boundaries(config.phases))
+        self.starts = starts or curriculum.starts(config.steps, curriculum.boundaries(config.phases))
         self.marks = {s: f"blend {i} begins" for i, s in enumerate(self.starts[1:], 2)}
         self.fall = schedule.decay_start(config.steps, config.decay)
         if self.fall:
@@ -271,6 +276,8 @@ class Run:
         # Data: rank 0 prepares, the others wait and then find it there
         if self.world > 1 and self.rank > 0:
             dist.barrier()
+        if self.trunk and self.rank == 0:
+            branch.bring_data(self.trunk.parent, self.out)
         folder, self.tokenizer, self.held_out = data.make(config, os.cpu_count() or 1, self.say)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
@@ -292,8 +299,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.autocast = lambda: torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.step, self.log, self.seconds_before = 0, [], 0.0
-        if self.state_file.exists():
-            self.resume()
+        if self.state_file.exists() or self.trunk:
+            self.resume(self.state_file if self.state_file.exists() else self.trunk)
         if self.rank == 0:
             temporary = self.out / "log.jsonl.tmp"  # a kill leaves the old log or the new one
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
@@ -327,36 +334,40 @@ class Run:
                     "resume it, or another --out, or delete the folder to start anew"
                 )
 
-    def resume(self):
-        if resume.peek_training(self.state_file).get("data", self.fingerprint) != self.fingerprint:
+    def resume(self, file):
+        if resume.peek_training(file).get("data", self.fingerprint) != self.fingerprint:
             raise ValueError(
                 f"the data of {self.out} cannot be made again, because the text on this machine, or this program, has "
                 "changed since: give another --out to start anew"
             )
-        loop = resume.load_training(self.state_file, self.model, self.optimizer)
+        loop = resume.load_training(file, self.model, self.optimizer)
         self.step, self.seconds_before = loop["step"], loop["seconds"]
         self.loader.restore(loop["loader"])
         self.scaler.load_state_dict(loop["scaler"])
-        if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            entries = map(_entry, (self.out / "log.jsonl").read_text("utf-8", "replace").splitlines())
+        log = file.parent / "log.jsonl"
+        if self.rank == 0 and log.exists():  # forget what was logged after the checkpoint
+            entries = map(_entry, log.read_text("utf-8", "replace").splitlines())
             kept = (e for e in entries if e.keys() & {"loss", "boundary"})
             self.log = [e for e in kept if e.get("step", 0) <= self.step]
-        self.say(f"resume    at step {self.step} of {self.config.steps}")
+        what = "resume    " if file == self.state_file else f"branch    from {file} "
+        self.say(f"{what}at step {self.step} of {self.config.steps}")
         if "decay_shape" not in loop["config"] and self.config.decay:
             self.say(
                 "          begun before --decay-shape: a falling rate was cut off at a hundredth of the peak and now "
                 "glides there, which changes it by less than that hundredth"
             )
 
-    def save(self, folder=False):
-        """The training state, and with `folder` also the checkpoint folder that generate.py opens."""
+    def save(self, folder=False, stable=False):
+        """The training state, and with `folder` also the checkpoint folder that generate.py opens. stable: the copy
+        that a branch starts from."""
         if self.rank == 0:
             loop = {"step": self.step, "seconds": self.seconds(), "config": self.settings,
-                    "loader": self.loader.state(), "data": self.fingerprint,
+                    "loader": self.loader.state(), "data": self.fingerprint, "starts": self.starts,
                     "scaler": self.scaler.state_dict()}  # fmt: skip
             if folder:  # first: a kill in between then repeats some steps, and the folder is written again
                 checkpoint.save_pretrained(self.out, self.model, self.tokenizer)
-            resume.save_training(self.state_file, self.model, self.optimizer, loop)
+            file = self.stable_file if stable else self.state_file
+            resume.save_training(file, self.model, self.optimizer, loop)
 
     def record(self, entry):
         self.log.append(entry)
@@ -406,6 +417,8 @@ class Run:
                 before = time.time()
                 self.boundary()
                 window.start += time.time() - before
+            if self.step == self.fall:
+                self.save(stable=True)
             if self.step % config.save_every == 0 or self.step == config.steps:
                 self.save(folder=self.step == config.steps)
             if self.step < config.steps and self.stop_asked(signals):

@@ -146,7 +146,7 @@ TRAIN = [
     ("--out text.txt", "text.txt is a file"),
     ("--out text.txt/new", "text.txt is a file"),
     ("--out mine", "not a whole safetensors file"),
-    ("--out other", "a run with other settings (preset None -> 'nano-1m'"),
+    ("--out other", "a run with other settings (preset 'auto' -> 'nano-1m'"),
     ("--out stage", "a run with other settings"),
     ("--out m/model.safetensors", "is a file"),
     ("--colour", "--colour"),

@@ -305,7 +305,8 @@ def test_a_run_from_beginning_to_end(start):
         assert line["tokens_per_second"] > 0 and line["memory_gib"] > 0 and 0 <= line["waiting"] <= 1
     assert lines[-1]["loss"] < lines[0]["loss"] and end["step"] == 20 and len(end["accuracy"]) == 15
     assert set(os.listdir(out)) == {"config.json", "curve.png", "data", "log.jsonl", "model.safetensors",
-                                    "tokenizer.json", "tokenizer_config.json", "training.safetensors"}  # fmt: skip
+                                    "stable.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                    "training.safetensors"}  # fmt: skip
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, tokenizer = checkpoint.load_pretrained(out)
     assert tokenizer.vocab_size == 384 and answer(model, tokenizer, "What is 1 + 2?", max_new_tokens=3).ids
