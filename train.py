@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import branch
 import checkpoint
 import curriculum
+import curve
 import data
 import evaluate
 import resume
@@ -462,14 +463,8 @@ class Run:
                  "realised": self.loader.realised[phase]}  # fmt: skip
         self.say(f"step {self.step:5d}: {entry['boundary']}; before it:")
         entry |= self.exam(self.config.phase_eval, (1, 2, 3))
-        for kind in ("reasoning", "retrieval") if self.config.phase_eval else ():
-            cells = [
-                cell["exact"]
-                for name, levels in entry["accuracy"].items()
-                for cell in levels.values()
-                if tasks.FAMILIES[name].kind == kind
-            ]
-            self.say(f"{kind}: {sum(cells) / len(cells):.1%} exact of {len(cells) * self.config.phase_eval} questions")
+        if self.config.phase_eval:
+            self.say(", ".join(f"{k} {v:.1%} exact" for k, v in evaluate.by_kind(entry["accuracy"]).items()))
         self.record(entry)
 
     def finish(self):
@@ -482,7 +477,9 @@ class Run:
         if config.eval_count:
             self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
             self.say(evaluate.format_table(result["accuracy"]))
-        plot(self.log, self.out / "curve.png", {step * self.tokens / 1e6: label for step, label in self.marks.items()})
+        curve.plot(
+            self.log, self.out / "curve.png", {step * self.tokens / 1e6: label for step, label in self.marks.items()}
+        )
         result["wall_seconds"] = round(time.time() - self.started, 1)
         self.record(result)
         self.say(f"\nall done in {result['wall_seconds']:.0f} s. Next, a new question, or none to chat:")
@@ -555,35 +552,6 @@ def _entry(line):
 def _insist(signals):
     if len(signals) > 1:
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
-
-
-def plot(log, path, marks):
-    """Losses and rate over millions of tokens; marks: {million tokens: what happens there}, drawn as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [e for e in log if "loss" in e]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
-    millions = [e["tokens"] / 1e6 for e in lines]
-    left.plot(millions, [e["task_loss"] for e in lines], label="tasks: nats a token")
-    if any(e["bits_per_byte"] for e in lines):
-        left.plot(millions, [e["bits_per_byte"] for e in lines], label="text: bits a byte")
-    exams = [(e["tokens"] / 1e6, bits) for e in log for bits in e.get("held_out_bits_per_byte", {}).values()]
-    if exams:
-        left.plot(*zip(*exams), "o", markersize=4, label="held-out text: bits a byte")
-    for place, label in marks.items():
-        left.axvline(place, linestyle=":", color="gray", linewidth=1)
-        right.axvline(place, linestyle=":", color="gray", linewidth=1)
-        right.text(place, 0, f"{label} ", rotation=90, ha="right", va="bottom", fontsize=7)
-    left.set(xlabel="million tokens", yscale="log", title="training loss")
-    left.legend()
-    right.plot(millions, [e["lr"] for e in lines])
-    right.set(xlabel="million tokens", ylim=(0, None), title="learning rate: warm-up, stable, decay")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def parse(argv=None):

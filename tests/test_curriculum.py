@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import curriculum
+import curve
 import data
 import tasks
 import train
@@ -216,10 +217,13 @@ def test_the_exam_at_a_boundary(start):
         assert e["intended"].keys() == e["realised"].keys() and sum(e["realised"].values()) == pytest.approx(1)
         assert 0 < e["held_out_bits_per_byte"]["text"] < 20 and len(e["accuracy"]) == len(tasks.FAMILIES)
         assert all(list(levels) == ["1", "2", "3"] for levels in e["accuracy"].values())
-    assert "step     6: blend 2 begins; before it:" in printed and "reasoning: 0.0% exact of 27 questions" in printed
+    assert (
+        "step     6: blend 2 begins; before it:" in printed
+        and "\nreasoning 0.0% exact, retrieval 0.0% exact\n" in printed
+    )
     untested, printed = start("untested", "--phase-eval", "0", "--steps", "10")
     assert same_state(out, untested)  # an exam changes nothing
-    assert all("accuracy" not in e for e in entries(untested)) and "questions" not in printed
+    assert all("accuracy" not in e for e in entries(untested)) and " exact" not in printed
 
 
 def test_the_plot_marks_the_boundaries(tmp_path, monkeypatch):
@@ -230,7 +234,7 @@ def test_the_plot_marks_the_boundaries(tmp_path, monkeypatch):
     log.insert(6, {"boundary": "blend 2 begins", "tokens": 6_000_000, "held_out_bits_per_byte": {"text": 3.0}})
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    train.plot(log, tmp_path / "curve.png", {6.0: "blend 2 begins", 8.2: "the rate begins to fall"})
+    curve.plot(log, tmp_path / "curve.png", {6.0: "blend 2 begins", 8.2: "the rate begins to fall"})
     left, right = drawn[0].axes
     dotted = [[line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in (left, right)]
     assert dotted == [[6.0, 8.2]] * 2 and [t.get_text() for t in right.texts][0] == "blend 2 begins "
