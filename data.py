@@ -11,7 +11,8 @@ at a document's edge, so a packed row behaves exactly as its documents alone.
 
 *Preparing once*: all cores write packed rows into three arrays on disk, shard by shard. A shard depends only on the
 seed and its number, so the data do not depend on how many cores made them. Training then only indexes rows: a GPU does
-not wait, a position is two integers, and ranks read disjoint rows of the same shuffled order.
+not wait, a position is two integers, and ranks read disjoint rows of the same shuffled order. With a curriculum
+(curriculum.py) a shard belongs to one phase, and a step reads rows of its own phase only.
 
 This file must not know models. Source of the idea of a blend with weights in tokens: report section 2.2.
 """
@@ -31,6 +32,7 @@ from random import Random
 import numpy as np
 
 import corpus
+import curriculum
 import tasks
 from tokenizer import Tokenizer, train_bpe
 
@@ -148,19 +150,18 @@ SHARD_ROWS = 256
 
 
 def _write_shard(job):
-    folder, shard, rows, length, blend, seed = job
+    folder, phase, first, rows, length, blend, seed = job
     tokenizer = Tokenizer.load(folder)
     texts = {}
     for source in ("prose", "code"):
         if source in blend.sources:
             texts[source] = (np.load(folder / f"{source}.npy", mmap_mode="r"), np.load(folder / f"{source}_ends.npy"))
-    first = shard * SHARD_ROWS
-    arrays, placed = pack_shard(tokenizer, blend, texts, min(SHARD_ROWS, rows - first), length, f"{seed} {shard}")
+    arrays, placed = pack_shard(tokenizer, blend, texts, rows, length, seed)
     for name, array in zip(ARRAYS, arrays):
         out = np.load(folder / f"{name}.npy", mmap_mode="r+")
         out[first : first + len(array)] = array
         out.flush()
-    return placed
+    return phase, placed
 
 
 def flatten(tokenizer, texts):
@@ -172,32 +173,42 @@ def flatten(tokenizer, texts):
 def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None, say=print):
     """Write `rows` packed rows of `length` tokens to `folder`, or find them there already.
 
+    blend, rows: one of each, or for a curriculum a list of each, a phase's rows behind those of the phase before.
     texts: {"prose": [str], "code": [str]}, the training texts. What makes the data (sizes, blend, seed, vocabulary,
     text) is kept in meta.json, written last: a folder that does not match, or was left unfinished, is made anew.
-    Returns the realised shares of the sources.
+    Returns the realised shares of the sources, for a curriculum a list of them.
     """
-    folder = Path(folder)
+    folder, phased = Path(folder), isinstance(blend, list)
+    phases = list(zip(blend, rows, strict=True)) if phased else [(blend, rows)]
+    rows = sum(n for _, n in phases) if all(n >= 1 for _, n in phases) else 0
     if tokenizer.vocab_size > 65536:
         raise ValueError(f"a vocabulary of {tokenizer.vocab_size} does not fit 16 bits: use at most 65,536 entries")
     if rows < 1 or length < 64:
         raise ValueError(f"a data set needs at least 1 row of at least 64 tokens; got {rows} rows of {length}")
-    lacking = [s for s in blend.sources if s in ("prose", "code") and not texts.get(s)]
-    if lacking:
-        raise ValueError(f"the blend gives {lacking[0]} {blend.sources[lacking[0]]:.0%} but there is no such text")
+    for part, _ in phases:
+        lacking = [s for s in part.sources if s in ("prose", "code") and not texts.get(s)]
+        if lacking:
+            raise ValueError(f"the blend gives {lacking[0]} {part.sources[lacking[0]]:.0%} but there is no such text")
     workers = workers or min(os.cpu_count() or 1, 64)
-    families = blend.families and {str(k): v for k, v in blend.families.items()}
+    told = [
+        {"sources": part.sources, "families": part.families and {str(k): v for k, v in part.families.items()}}
+        for part, _ in phases
+    ]
     meta = {
         "rows": rows, "length": length, "seed": seed, "vocab_size": tokenizer.vocab_size,
-        "blend": {"sources": blend.sources, "families": families}, "text": digest(texts),
+        "blend": told if phased else told[0], "text": digest(texts),
         "tokenizer": digest({"ranks": sorted(tokenizer.ranks.items())}),
     }  # fmt: skip
+    if phased:
+        meta["phase_rows"] = [n for _, n in phases]
     found = _meta(folder)
     if "shares" in found and {k: found.get(k) for k in meta} == json.loads(json.dumps(meta)):
         return found["shares"]
     ours = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         _clear(folder)
-        meta["shares"] = _write(folder, tokenizer, blend, rows, length, texts, seed, workers, say)
+        shares = _write(folder, tokenizer, phases, length, texts, seed, workers, say)
+        meta["shares"] = shares if phased else shares[0]
         temporary = folder / "meta.json.tmp"
         temporary.write_text(json.dumps(meta, indent=1))
         os.replace(temporary, folder / "meta.json")
@@ -240,13 +251,19 @@ def _clear(folder):
         (folder / name).unlink(missing_ok=True)
 
 
-def _write(folder, tokenizer, blend, rows, length, texts, seed, workers, say):
-    """Everything but meta.json; returns the realised shares. OSError if the disk is full."""
+def fingerprint(folder):
+    """A short text that differs when other rows were prepared: of what meta.json says makes the data."""
+    return digest({k: [json.dumps(v)] for k, v in _meta(folder).items() if k != "shares"})
+
+
+def _write(folder, tokenizer, phases, length, texts, seed, workers, say):
+    """Everything but meta.json; returns the realised shares of each phase. OSError if the disk is full."""
+    rows = sum(n for _, n in phases)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     if shutil.disk_usage(folder).free < rows * length * 5:  # bytes of the three arrays
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for source in set(blend.sources) & {"prose", "code"}:
+    for source in {s for blend, _ in phases for s in blend.sources} & {"prose", "code"}:
         ids, ends = flatten(tokenizer, texts[source])
         np.save(folder / f"{source}.npy", ids)
         np.save(folder / f"{source}_ends.npy", ends)
@@ -255,24 +272,27 @@ def _write(folder, tokenizer, blend, rows, length, texts, seed, workers, say):
         if hasattr(os, "posix_fallocate"):  # take the room now: a mapped file on a full disk would kill the writer
             with open(folder / f"{name}.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-    shards = -(-rows // SHARD_ROWS)
-    jobs = [(folder, shard, rows, length, blend, seed) for shard in range(shards)]
-    placed, start, last = dict.fromkeys(blend.sources, 0), time.time(), 0.0
-    with corpus.pool(min(workers, shards)) as processes:
-        for done, part in enumerate(processes.map(_write_shard, jobs), 1):
-            placed = {k: placed[k] + part[k] for k in placed}
+    jobs, first = [], 0
+    for phase, (blend, own) in enumerate(phases):
+        for shard, at in enumerate(range(0, own, SHARD_ROWS)):
+            name = f"{seed} {shard}" if len(phases) == 1 else f"{seed} phase {phase} {shard}"
+            jobs.append((folder, phase, first + at, min(SHARD_ROWS, own - at), length, blend, name))
+        first += own
+    placed, start, last = [dict.fromkeys(blend.sources, 0) for blend, _ in phases], time.time(), 0.0
+    with corpus.pool(min(workers, len(jobs))) as processes:
+        for done, (phase, part) in enumerate(processes.map(_write_shard, jobs), 1):
+            placed[phase] = {k: v + part[k] for k, v in placed[phase].items()}
             now = time.time()
-            if now - last > 2 or done == shards:
-                tokens = done * min(SHARD_ROWS, rows) * length
-                say(f"  data: {done}/{shards} shards, {tokens / 1e6:.1f} M tokens, {now - start:.0f} s")
+            if now - last > 2 or done == len(jobs):
+                tokens = sum(job[3] for job in jobs[:done]) * length
+                say(f"  data: {done}/{len(jobs)} shards, {tokens / 1e6:.1f} M tokens, {now - start:.0f} s")
                 last = now
-    total = sum(placed.values())
-    return {k: v / total for k, v in placed.items()}
+    return [{k: v / sum(part.values()) for k, v in part.items()} for part in placed]
 
 
 def make(config, workers, say):
     """(data folder, tokenizer, held-out texts) of a run: reads text, trains a tokenizer, packs rows, or finds them in
-    `out/data`. config has out, text, text_share, data_rows, length, vocab and seed (see train.py)."""
+    `out/data`. config has out, text, text_share, data_rows, batch_rows, phases, length, vocab, seed (see train.py)."""
     folder = Path(config.out) / "data"
     if config.data_rows * config.length < 20e6:
         workers = 1  # starting processes would take longer than the work
@@ -281,18 +301,23 @@ def make(config, workers, say):
     start = time.time()
     if config.text:
         train, held = corpus.read_folder(config.text)
-        texts, held_out = {"prose": train}, {"text": held}
-        sources = {"prose": config.text_share}
+        texts, held_out, text_parts = {"prose": train}, {"text": held}, {"prose": 1.0}
     else:
         prose, code = (corpus.read_text(kind, share * size, workers) for kind, share in (("prose", 0.6), ("code", 0.4)))
         texts, held_out = {"prose": prose[0], "code": code[0]}, {"prose": prose[1], "code": code[1]}
-        sources = {"prose": config.text_share * 0.6, "code": config.text_share * 0.4}
+        text_parts = {"prose": 0.6, "code": 0.4}
     characters = sum(len(t) for part in texts.values() for t in part)
     origin = config.text or "the installed Python packages"
     say(f"  text: {characters / 1e6:.1f} MB from {origin}, {time.time() - start:.0f} s")
-    task_share = 1 - config.text_share
-    blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
-    used = {k: v for k, v in texts.items() if k in blend.sources}
+    shares, rows = curriculum.boundaries(config.phases), config.data_rows
+    if shares:
+        blend = [Blend(sources, families) for sources, families in curriculum.blends(config.text_share, text_parts)]
+        cuts = [0, *(round(share * rows) for share in shares), rows]
+        rows = [max(b - a, config.batch_rows) for a, b in zip(cuts, cuts[1:])]
+    else:
+        task_share, sources = 1 - config.text_share, {k: config.text_share * v for k, v in text_parts.items()}
+        blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
+    used = {k: v for k, v in texts.items() if any(k in part.sources for part in (blend if shares else [blend]))}
     try:  # the tokenizer that is there, if it was trained on this text
         tokenizer = Tokenizer.load(folder)
         if (tokenizer.vocab_size, _meta(folder).get("text")) != (config.vocab, digest(used)):
@@ -307,10 +332,10 @@ def make(config, workers, say):
         ]  # counts settle long before the end
         tokenizer = train_bpe(spoken + sample, config.vocab)
         say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
-    shares = prepare(folder, tokenizer, blend, config.data_rows, config.length, used, config.seed, workers, say)
-    say(
-        "  blend, realised / intended: " + ", ".join(f"{k} {v:.1%} / {blend.sources[k]:.1%}" for k, v in shares.items())
-    )
+    realised = prepare(folder, tokenizer, blend, rows, config.length, used, config.seed, workers, say)
+    for i, (part, found) in enumerate(zip(blend, realised) if shares else [(blend, realised)], 1):
+        line = ", ".join(f"{k} {v:.1%} / {part.sources[k]:.1%}" for k, v in found.items())
+        say(f"  blend{f' {i}' if shares else ''}, realised / intended: {line}")
     return folder, tokenizer, held_out
 
 
@@ -323,17 +348,20 @@ class Loader:
     """Batches of packed rows in a shuffled order that a state of two integers describes.
 
     batch_rows: rows in a global batch; rank r of `world` gets rows r, r + world, ... of it, so ranks never share a row
-    and the global batch does not depend on their number. An epoch's order is a permutation seeded by the epoch.
+    and the global batch does not depend on their number. An epoch's order is a permutation seeded by the epoch. part:
+    (first row, rows) to read of the data set, by default all of it.
     """
 
-    def __init__(self, folder, batch_rows, rank=0, world=1, seed=0):
+    def __init__(self, folder, batch_rows, rank=0, world=1, seed=0, part=None):
         self.arrays = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
         self.rows, self.length = self.arrays[0].shape
+        self.first, self.rows = part or (0, self.rows)
         if batch_rows > self.rows:
             raise ValueError(f"a batch of {batch_rows} rows is larger than the data set of {self.rows} rows")
         if batch_rows % world:
             raise ValueError(f"a batch of {batch_rows} rows cannot be split evenly over {world} processes")
-        self.batch_rows, self.rank, self.world, self.seed = batch_rows, rank, world, seed
+        self.batch_rows, self.rank, self.world = batch_rows, rank, world
+        self.seed = seed if isinstance(seed, list) else [seed]
         self._reader, self._order = ThreadPoolExecutor(1), (None, None)
         self.restore({"epoch": 0, "position": 0})
 
@@ -356,10 +384,42 @@ class Loader:
         if position + self.batch_rows > self.rows:
             epoch, position = epoch + 1, 0
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        mine = np.sort(self._order[1][position + self.rank : position + self.batch_rows : self.world])
+            self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.rows)
+        mine = self.first + np.sort(self._order[1][position + self.rank : position + self.batch_rows : self.world])
         ids, doc, kind = (array[mine] for array in self.arrays)
         return (ids.astype(np.int64), doc.astype(np.int64), kind), epoch, position + self.batch_rows
+
+
+class PhasedLoader:
+    """Batches of a curriculum: each step from the rows of its own phase, each phase with a position of its own.
+
+    starts: the first step of every phase. The data set must have been prepared with as many phases.
+    """
+
+    def __init__(self, folder, starts, batch_rows, rank=0, world=1, seed=0):
+        meta = _meta(Path(folder))
+        rows = meta.get("phase_rows", [])
+        if len(rows) != len(starts):
+            raise ValueError(f"{folder} was prepared for {len(rows) or 1} phases, this run has {len(starts)}")
+        self.starts, self.step = list(starts), 0
+        self.intended, self.realised = [blend["sources"] for blend in meta["blend"]], meta["shares"]
+        parts = [(sum(rows[:i]), n) for i, n in enumerate(rows)]
+        self.loaders = [Loader(folder, batch_rows, rank, world, [seed, i], part) for i, part in enumerate(parts)]
+
+    def state(self):
+        """Where the next batch begins: {"step", "phases": [{"epoch", "position"}, ...]}."""
+        return {"step": self.step, "phases": [loader.state() for loader in self.loaders]}
+
+    def restore(self, state):
+        self.step = state["step"]
+        for loader, own in zip(self.loaders, state["phases"], strict=True):
+            loader.restore(own)
+
+    def next(self):
+        """As `Loader.next`."""
+        batch = self.loaders[curriculum.phase_of(self.step, self.starts)].next()
+        self.step += 1
+        return batch
 
 
 if __name__ == "__main__":

@@ -91,6 +91,14 @@ def token_bytes(tokenizer):
     )
 
 
+def by_kind(table):
+    """{"reasoning": share, "retrieval": share}: the mean exact match over families and levels of a table."""
+    cells = {}
+    for name, levels in table.items():
+        cells.setdefault(tasks.FAMILIES[name].kind, []).extend(cell["exact"] for cell in levels.values())
+    return {kind: sum(shares) / len(shares) for kind, shares in cells.items()}
+
+
 def format_table(table):
     """The accuracies as text: a row a family, a column a level; levels beyond training behind the bar."""
     lines = [f"{'level':<22} {'1':>6}{'2':>6}{'3':>6}  | beyond"]

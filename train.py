@@ -30,15 +30,20 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import branch
 import checkpoint
+import curriculum
+import curve
 import data
 import evaluate
 import fp8
 import resume
+import schedule
 import tasks
 from generate import answer
 from loss import next_token_loss
 from model import PRESETS, build
+from schedule import wsd
 from sizes import count_parameters, describe, flops_per_token
 
 
@@ -60,16 +65,20 @@ class TrainConfig:
     lr: float | None = None  # peak learning rate
     warmup: float = 0.02  # share of the steps in which the rate rises
     decay: float | None = None  # share of the steps, at the end, in which it falls to a hundredth
+    decay_shape: str = "linear"  # how it falls: linear, cosine, exponential or minus_sqrt
+    branch: str = ""  # folder of a run: go on from where its rate began to fall, with other --steps or --decay-shape
     weight_decay: float = 0.1
     clip: float = 1.0  # the gradient's norm is cut to this
     vocab: int | None = None  # entries of the tokenizer, trained on the machine's own text
     text: str | None = None  # a text file, or a folder of them, in place of the installed text
     text_share: float | None = None  # share of text in the tokens; the rest is tasks
+    phases: str = ""  # shares of the run at which the data blend changes: 0.6,0.9 as in the report; empty: one blend
     data_rows: int | None = None  # packed rows to prepare; read again from the start when used up
     seed: int = 0
     log_every: int | None = None  # steps between lines
     sample_every: int | None = None  # steps between the questions it answers as it trains; 0 for never
     save_every: int | None = None  # steps between saves
+    phase_eval: int = 4  # with --phases: held-out questions for each family and level where a phase or the fall begins
     eval_count: int | None = None  # held-out questions for each family and level at the end; 0 for none
 
 
@@ -94,7 +103,7 @@ def fill_in(config, device):
     run = RUNS.get(config.preset, list(RUNS.values())[-1])
     config = replace(config, **{k: v for k, v in run.items() if getattr(config, k) is None})
     at_least = dict(steps=1, batch_rows=1, length=64, accumulate=1, log_every=1, sample_every=0, save_every=1,
-                    eval_count=0, data_rows=1, seed=0, weight_decay=0, warmup=0, decay=0)  # fmt: skip
+                    eval_count=0, phase_eval=0, data_rows=1, seed=0, weight_decay=0, warmup=0, decay=0)  # fmt: skip
     for name, low in at_least.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(config, name)}")
@@ -111,8 +120,13 @@ def fill_in(config, device):
         raise ValueError(
             f"--warmup {config.warmup} and --decay {config.decay} are shares of the run: together at most 1"
         )
+    if config.decay_shape not in schedule.SHAPES:
+        raise ValueError(f"--decay-shape {config.decay_shape!r} is not one of {', '.join(schedule.SHAPES)}")
     if not 0 <= config.text_share <= 1:
         raise ValueError(f"--text-share is a share between 0 and 1; got {config.text_share}")
+    if config.phases:
+        curriculum.starts(config.steps, curriculum.boundaries(config.phases))
+        curriculum.blends(config.text_share, {})
     if config.batch_rows % config.accumulate:
         raise ValueError(
             f"--batch-rows {config.batch_rows} cannot be split into --accumulate {config.accumulate} parts"
@@ -125,14 +139,6 @@ def fill_in(config, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a training step
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def wsd(step, steps, warmup, decay, floor=0.01):
-    """Warmup-stable-decay: the share of the peak learning rate at `step`. Linear up, flat, linear down to `floor`
-    (the report: 4.5e-4 down to 4.5e-6 over the last 18 %)."""
-    up = (step + 1) / max(1.0, warmup * steps)
-    down = (steps - step) / max(1.0, decay * steps)
-    return max(floor, min(1.0, up, down))
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -208,6 +214,7 @@ NOT_THE_RUN = {
     "sample_every",
     "save_every",
     "eval_count",
+    "phase_eval",
     "accumulate",
 }
 
@@ -220,6 +227,9 @@ class Run:
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device, device_reason = choose_device(config.device)
         dtype, dtype_reason = choose_dtype(config.dtype, self.device)
+        self.trunk = starts = None
+        if config.branch:
+            config, self.trunk, starts = branch.inherit(config, NOT_THE_RUN)
         self.config = config = fill_in(config, self.device)
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         impl, impl_reason = choose_impl(config.impl, self.device, PRESETS[config.preset], compiled)
@@ -230,7 +240,7 @@ class Run:
                 f"{config.accumulate} parts"
             )
         self.out = Path(config.out)
-        self.state_file = self.out / "training.safetensors"
+        self.state_file, self.stable_file = self.out / "training.safetensors", self.out / "stable.safetensors"
         self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
         self.settings["fp8"] = "off" if self.fp8 == "off" else "on"  # who multiplies is not the run, as with impl
         self.check_out()
@@ -258,6 +268,13 @@ class Run:
             f"step      {config.batch_rows} rows of {config.length} = {self.tokens:,} tokens, in {config.accumulate} "
             f"part(s); {config.steps} steps = {config.steps * self.tokens / 1e6:.1f} M tokens; peak rate {config.lr:g}"
         )
+        self.starts = starts or curriculum.starts(config.steps, curriculum.boundaries(config.phases))
+        self.marks = {s: f"blend {i} begins" for i, s in enumerate(self.starts[1:], 2)}
+        self.fall = schedule.decay_start(config.steps, config.decay)
+        if self.fall:
+            self.marks[self.fall] = ", ".join([*filter(None, [self.marks.get(self.fall)]), "the rate begins to fall"])
+        told = schedule.describe(config.steps, config.warmup, config.decay, config.decay_shape, self.starts)
+        self.say(f"schedule  {told}")
         self.say(f"impl      {impl} ({impl_reason})")
         self.say(f"fp8       {self.fp8} ({fp8_reason})")
         self.say(f"compile   {'on (the first step takes half a minute)' if compiled else 'off: plain PyTorch'}")
@@ -265,10 +282,14 @@ class Run:
         # Data: rank 0 prepares, the others wait and then find it there
         if self.world > 1 and self.rank > 0:
             dist.barrier()
+        if self.trunk and self.rank == 0:
+            branch.bring_data(self.trunk.parent, self.out)
         folder, self.tokenizer, self.held_out = data.make(config, os.cpu_count() or 1, self.say)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
-        self.loader = data.Loader(folder, config.batch_rows, self.rank, self.world, config.seed)
+        given = config.batch_rows, self.rank, self.world, config.seed
+        self.loader = data.PhasedLoader(folder, self.starts, *given) if config.phases else data.Loader(folder, *given)
+        self.fingerprint = data.fingerprint(folder)
 
         torch.manual_seed(config.seed)
         self.model = build(self.model_config, self.device).use(impl)
@@ -286,8 +307,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.autocast = lambda: torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.step, self.log, self.seconds_before = 0, [], 0.0
-        if self.state_file.exists():
-            self.resume()
+        if self.state_file.exists() or self.trunk:
+            self.resume(self.state_file if self.state_file.exists() else self.trunk)
         if self.rank == 0:
             temporary = self.out / "log.jsonl.tmp"  # a kill leaves the old log or the new one
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
@@ -326,7 +347,8 @@ class Run:
             raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
             before = resume.peek_training(self.state_file).get("config", {})
-            before = {f.name: f.default for f in fields(TrainConfig)} | before  # a flag may be younger than the folder
+            unknown = {f.name: f.default for f in fields(TrainConfig)}  # to a folder made before there was such a flag
+            before = unknown | before
             changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in self.settings.items() if before[k] != v]
             if changed:
                 raise ValueError(
@@ -334,24 +356,40 @@ class Run:
                     "resume it, or another --out, or delete the folder to start anew"
                 )
 
-    def resume(self):
-        loop = resume.load_training(self.state_file, self.model, self.optimizer)
+    def resume(self, file):
+        if resume.peek_training(file).get("data", self.fingerprint) != self.fingerprint:
+            raise ValueError(
+                f"the data of {self.out} cannot be made again, because the text on this machine, or this program, has "
+                "changed since: give another --out to start anew"
+            )
+        loop = resume.load_training(file, self.model, self.optimizer)
         self.step, self.seconds_before = loop["step"], loop["seconds"]
         self.loader.restore(loop["loader"])
         self.scaler.load_state_dict(loop["scaler"])
-        if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            entries = map(_entry, (self.out / "log.jsonl").read_text("utf-8", "replace").splitlines())
-            self.log = [e for e in entries if "loss" in e and e.get("step", 0) <= self.step]
-        self.say(f"resume    at step {self.step} of {self.config.steps}")
+        log = file.parent / "log.jsonl"
+        if self.rank == 0 and log.exists():  # forget what was logged after the checkpoint
+            entries = map(_entry, log.read_text("utf-8", "replace").splitlines())
+            kept = (e for e in entries if e.keys() & {"loss", "boundary"})
+            self.log = [e for e in kept if e.get("step", 0) <= self.step]
+        what = "resume    " if file == self.state_file else f"branch    from {file} "
+        self.say(f"{what}at step {self.step} of {self.config.steps}")
+        if "decay_shape" not in loop["config"] and self.config.decay:
+            self.say(
+                "          begun before --decay-shape: a falling rate was cut off at a hundredth of the peak and now "
+                "glides there, which changes it by less than that hundredth"
+            )
 
-    def save(self, folder=False):
-        """The training state, and with `folder` also the checkpoint folder that generate.py opens."""
+    def save(self, folder=False, stable=False):
+        """The training state, and with `folder` also the checkpoint folder that generate.py opens. stable: the copy
+        that a branch starts from."""
         if self.rank == 0:
             loop = {"step": self.step, "seconds": self.seconds(), "config": self.settings,
-                    "loader": self.loader.state(), "scaler": self.scaler.state_dict()}  # fmt: skip
+                    "loader": self.loader.state(), "data": self.fingerprint, "starts": self.starts,
+                    "scaler": self.scaler.state_dict()}  # fmt: skip
             if folder:  # first: a kill in between then repeats some steps, and the folder is written again
                 checkpoint.save_pretrained(self.out, self.model, self.tokenizer)
-            resume.save_training(self.state_file, self.model, self.optimizer, loop)
+            file = self.stable_file if stable else self.state_file
+            resume.save_training(file, self.model, self.optimizer, loop)
 
     def record(self, entry):
         self.log.append(entry)
@@ -381,7 +419,8 @@ class Run:
             window.waited += time.time() - before
             if self.device.type == "cuda":
                 batch = [t.pin_memory().to(self.device, non_blocking=True) for t in batch]
-            rate = config.lr * wsd(self.step, config.steps, config.warmup, config.decay)
+            share = wsd(self.step, config.steps, config.warmup, config.decay, shape=config.decay_shape)
+            rate = config.lr * share
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             sums, norm = train_step(
@@ -396,6 +435,12 @@ class Run:
                 before = time.time()
                 self.ask([questions[(self.step // every + i) % len(questions)] for i in (0, 3)])
                 window.start += time.time() - before
+            if self.rank == 0 and self.step in self.marks and config.phases:
+                before = time.time()
+                self.boundary()
+                window.start += time.time() - before
+            if self.step == self.fall:
+                self.save(stable=True)
             if self.step % config.save_every == 0 or self.step == config.steps:
                 self.save(folder=self.step == config.steps)
             if self.step < config.steps and self.stop_asked(signals):
@@ -417,26 +462,45 @@ class Run:
                 )
         self.model.train()
 
+    def exam(self, count, levels):
+        """Held-out bits a byte and, if `count`, exact answers by family and level: the part of a record with both."""
+        with torch.compiler.set_stance("force_eager"):
+            self.model.eval()
+            bits = {
+                kind: evaluate.bits_per_byte(self.model, self.tokenizer, texts, self.config.length)
+                for kind, texts in self.held_out.items()
+                if texts
+            }
+            table = count and evaluate.accuracy(self.model, self.tokenizer, levels=levels, count=count)
+        self.model.train()
+        self.say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in bits.items()))
+        return {"held_out_bits_per_byte": bits} | ({"accuracy": table} if count else {})
+
+    def boundary(self):
+        """Where a blend ends or the rate begins to fall: what the model can do, and what it has been reading."""
+        phase = curriculum.phase_of(self.step - 1, self.starts)
+        entry = {"step": self.step, "tokens": self.step * self.tokens, "boundary": self.marks[self.step],
+                 "phase": phase + 1, "intended": self.loader.intended[phase],
+                 "realised": self.loader.realised[phase]}  # fmt: skip
+        self.say(f"step {self.step:5d}: {entry['boundary']}; before it:")
+        entry |= self.exam(self.config.phase_eval, (1, 2, 3))
+        if self.config.phase_eval:
+            self.say(", ".join(f"{k} {v:.1%} exact" for k, v in evaluate.by_kind(entry["accuracy"]).items()))
+        self.record(entry)
+
     def finish(self):
         """The end of a run: bits per byte on held-out text, accuracy by family, a plot; returns the closing record."""
         config = self.config
         result = {"step": self.step, "seconds": round(self.seconds(), 1)}
         self.say(f"trained {config.steps} steps in {self.seconds():.0f} s")
-        with torch.compiler.set_stance("force_eager"):
-            self.model.eval()
-            result["held_out_bits_per_byte"] = bits = {
-                kind: evaluate.bits_per_byte(self.model, self.tokenizer, texts, config.length)
-                for kind, texts in self.held_out.items()
-                if texts
-            }
-            self.say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in bits.items()))
-            if config.eval_count:
-                levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
-                table = evaluate.accuracy(self.model, self.tokenizer, levels=levels, count=config.eval_count)
-                result["accuracy"] = table
-                self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
-                self.say(evaluate.format_table(table))
-        plot(self.log, self.out / "curve.png")
+        levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
+        result |= self.exam(config.eval_count, levels)
+        if config.eval_count:
+            self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
+            self.say(evaluate.format_table(result["accuracy"]))
+        curve.plot(
+            self.log, self.out / "curve.png", {step * self.tokens / 1e6: label for step, label in self.marks.items()}
+        )
         result["wall_seconds"] = round(time.time() - self.started, 1)
         self.record(result)
         self.say(f"\nall done in {result['wall_seconds']:.0f} s. Next, a new question, or none to chat:")
@@ -468,6 +532,7 @@ class Window:
             "step": run.step, "tokens": run.step * run.tokens, "seconds": round(run.seconds(), 2),
             "loss": (task + text) / max(1, tasks_n + text_n), "task_loss": task / max(1, tasks_n),
             "bits_per_byte": text / math.log(2) / text_bytes if text_bytes else None, "norm": norm.item(), "lr": rate,
+            "phase": curriculum.phase_of(run.step - 1, run.starts) + 1,
             "tokens_per_second": speed, "mfu": speed * self.flops / self.peak / run.world if self.peak else None,
             "memory_gib": memory_gib(run.device), "waiting": self.waited / elapsed,
         }  # fmt: skip
@@ -509,27 +574,6 @@ def _entry(line):
 def _insist(signals):
     if len(signals) > 1:
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
-
-
-def plot(log, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [e for e in log if "loss" in e]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
-    millions = [e["tokens"] / 1e6 for e in lines]
-    left.plot(millions, [e["task_loss"] for e in lines], label="tasks: nats a token")
-    if any(e["bits_per_byte"] for e in lines):
-        left.plot(millions, [e["bits_per_byte"] for e in lines], label="text: bits a byte")
-    left.set(xlabel="million tokens", yscale="log", title="training loss")
-    left.legend()
-    right.plot(millions, [e["lr"] for e in lines])
-    right.set(xlabel="million tokens", title="learning rate: warm-up, stable, decay")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def parse(argv=None):

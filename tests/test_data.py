@@ -261,6 +261,7 @@ def test_the_tokenizer_of_another_text_is_not_used(tmp_path):
 
     class Settings:
         out, text, text_share, data_rows, length, vocab, seed = tmp_path, tmp_path / "a.txt", 0.5, 3, 160, 400, 0
+        phases, batch_rows = "", 1
 
     def made():
         return data.make(Settings, 1, lambda text: None)[1].ranks

@@ -205,3 +205,9 @@ def test_the_script_prints_a_table_or_json(folder, capsys, monkeypatch):
     assert set(result) == {"checkpoint", "accuracy", "bits_per_byte", "seconds"}
     assert set(result["accuracy"]) == {"add", "needle"} and set(result["bits_per_byte"]) == {"prose", "code"}
     assert 3 < result["bits_per_byte"]["prose"] < 12
+
+
+def test_the_mean_of_each_kind():
+    cell = lambda share: {"exact": share, "answer": 1.0, "count": 4}
+    table = {"add": {1: cell(1.0), 2: cell(0.5)}, "sort": {1: cell(0.0)}, "needle": {1: cell(0.25)}}
+    assert evaluate.by_kind(table) == {"reasoning": 0.5, "retrieval": 0.25}

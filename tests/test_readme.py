@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = "--steps 12 --data-rows 400 --eval-count 1 --sample-every 6 --save-every 6"
+SHORT = "--steps 12 --data-rows 400 --eval-count 1 --phase-eval 1 --sample-every 6 --save-every 6"
 
 
 def commands():

@@ -24,7 +24,7 @@ import device as machine
 import train
 from generate import answer
 from model import PRESETS, build
-from train import Objective, TrainConfig, fill_in, make_optimizer, train_step, wsd
+from train import Objective, TrainConfig, fill_in, make_optimizer, train_step
 
 CPU = torch.device("cpu")
 
@@ -40,16 +40,6 @@ def handlers():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedule and optimizer
-
-
-def test_the_schedule_rises_stays_and_falls():
-    rates = [wsd(step, 200, 0.05, 0.3) for step in range(200)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[9:141] == [1.0] * 132
-    assert rates[141:] == pytest.approx([(200 - i) / 60 for i in range(141, 200)])
-    assert wsd(0, 200, 0, 0) == wsd(199, 200, 0, 0) == 1.0  # no warm-up, no decay
-    assert wsd(999, 1000, 0, 1) == 0.01 and wsd(998, 1000, 0, 1, floor=0.5) == 0.5
-    assert wsd(0, 1, 0.02, 0.4) == 1.0
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
@@ -303,7 +293,8 @@ def logged(out):
 def test_a_run_from_beginning_to_end(start):
     out, printed = start("whole", "--eval-count", "1", "--sample-every", "10", "--steps", "20")
     for words in ("device    cpu (asked for", "matrix products (", "nano-1m: M-M*-M-", "2 rows of 96 = 192 tokens",
-                  "compile   off", "step    20/20  loss", "<think>", "held-out text: text", "bits/byte", "tok/s",
+                  "compile   off", "schedule  rate stays to step 12 (60%), falls to step 20 (100%), linear",
+                  "step    20/20  loss", "<think>", "held-out text: text", "bits/byte", "tok/s",
                   "needle      retrieval", "all done in", f"generate.py --checkpoint {out}"):  # fmt: skip
         assert words in printed, words
     lines, (end,) = logged(out)
@@ -314,7 +305,8 @@ def test_a_run_from_beginning_to_end(start):
         assert line["tokens_per_second"] > 0 and line["memory_gib"] > 0 and 0 <= line["waiting"] <= 1
     assert lines[-1]["loss"] < lines[0]["loss"] and end["step"] == 20 and len(end["accuracy"]) == 15
     assert set(os.listdir(out)) == {"config.json", "curve.png", "data", "log.jsonl", "model.safetensors",
-                                    "tokenizer.json", "tokenizer_config.json", "training.safetensors"}  # fmt: skip
+                                    "stable.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                    "training.safetensors"}  # fmt: skip
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, tokenizer = checkpoint.load_pretrained(out)
     assert tokenizer.vocab_size == 384 and answer(model, tokenizer, "What is 1 + 2?", max_new_tokens=3).ids
@@ -449,6 +441,33 @@ def test_a_folder_from_before_a_flag_goes_on(start, monkeypatch):
     assert "(fp8 'off' -> 'on')" in printed
     start("halves", "--steps", "8")
     assert (whole / "model.safetensors").read_bytes() == (halves / "model.safetensors").read_bytes()
+
+
+def test_a_folder_made_before_a_flag_is_resumed_with_its_default(start, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "NOT_THE_RUN", train.NOT_THE_RUN | {"decay_shape"})
+        interrupt(monkeypatch, 14)
+        out, _ = start("old")
+    assert "decay_shape" not in train.resume.peek_training(out / "training.safetensors")["config"]
+    _, printed = start("old", "--decay-shape", "cosine", code=2)
+    assert "holds a run with other settings (decay_shape 'linear' -> 'cosine')" in printed
+    whole, _ = start("whole")
+    _, printed = start("old")
+    assert "resume    at step 14 of 20" in printed and "begun before --decay-shape" in printed
+    assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_the_shape_of_the_fall(start):
+    rates = {}
+    for shape in ("linear", "minus_sqrt"):
+        out, printed = start(shape, "--decay-shape", shape, "--log-every", "1", "--warmup", "0.1")
+        assert f"falls to step 20 (100%), {shape}" in printed
+        rates[shape] = [line["lr"] / 2e-3 for line in logged(out)[0]]
+        expected = [train.schedule.wsd(step, 20, 0.1, 0.4, shape=shape) for step in range(20)]
+        assert rates[shape] == pytest.approx(expected)
+    assert rates["linear"][:13] == rates["minus_sqrt"][:13] and rates["linear"][13] > rates["minus_sqrt"][13]
+    _, printed = start("none", "--decay-shape", "steps", code=2)
+    assert "--decay-shape 'steps' is not one of linear, cosine, exponential, minus_sqrt" in printed
 
 
 def test_a_loss_that_is_no_number_ends_the_run(start, monkeypatch):
