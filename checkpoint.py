@@ -45,6 +45,7 @@ from sizes import fits, weights_bytes
 from tokenizer import Tokenizer
 
 SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-{:05d}-of-{:05d}.safetensors"
+SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SAVING, SAVED = ".saving", ".saved"  # see the top of the file
 KEPT_WIDE = ("A_log", "D", "dt_bias")  # exp(dt * A) is compounded over thousands of tokens: float32 at least
@@ -119,7 +120,7 @@ def check_room(config, device, tokens, rows, int8=False, weight_bytes=2, work=0,
         raise ValueError(lacking)
 
 
-def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
+def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=SHARD_BYTES):
     """Write a folder that `load_pretrained` and transformers (5.15 and later) open.
 
     tokenizer None leaves a tokenizer that is already there alone. Weights above max_shard_bytes are split into several
@@ -139,14 +140,8 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
             "the model's weights are int8, which is a way to load a folder and not to store one: save the model that "
             "was loaded without int8"
         )
-    tensors, shards, room = model.state_dict(), [], 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if not shards or size > room:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor
-        room -= size
+    tensors = model.state_dict()
+    shards = split(tensors, max_shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     made, saving = not folder.exists(), folder / SAVING
     with writing(folder):
@@ -173,6 +168,19 @@ def save_pretrained(folder, model, tokenizer=None, max_shard_bytes=5 * 10**9):
             raise
         fsync_folder(folder)
         _finish(folder)
+
+
+def split(tensors, max_shard_bytes=SHARD_BYTES):
+    """{name: tensor} as a list of such dicts, one for each file of a folder."""
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if not shards or size > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    return shards
 
 
 def _finish(folder):

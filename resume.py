@@ -38,16 +38,11 @@ def save_training(path, model, optimizer, loop):
     GPU are saved here. Raises CheckpointError.
     """
     path = Path(path)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "loop": json.dumps(_plain(loop, "loop"))}
     metadata["config"] = json.dumps(config_to_dict(model.config, model.lm_head.weight.dtype))
     if optimizer is not None:
         metadata["optimizer"] = json.dumps({"class": type(optimizer).__name__, "groups": _groups(model, optimizer)})
-        for name, parameter in model.named_parameters():
-            for kind, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, torch.Tensor):
-                    raise CheckpointError(f"the optimizer's {kind} of {name} is a {type(value).__name__}, not a tensor")
-                tensors[f"{kind}.{name}"] = value
+    tensors = training_tensors(model, optimizer)
     kind, keys, *rest = np.random.get_state()
     metadata["random"] = json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]})
     tensors["random.cpu"] = torch.get_rng_state()
@@ -64,6 +59,17 @@ def save_training(path, model, optimizer, loop):
             temporary.unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
+
+
+def training_tensors(model, optimizer=None):
+    """{key: tensor} of a training file, without the random generators; as divided over processes as they are."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items() if optimizer else ():
+            if not isinstance(value, torch.Tensor):
+                raise CheckpointError(f"the optimizer's {kind} of {name} is a {type(value).__name__}, not a tensor")
+            tensors[f"{kind}.{name}"] = value
+    return tensors
 
 
 def peek_training(path):
@@ -85,7 +91,7 @@ def load_training(path, model, optimizer=None):
 
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            tensor.copy_(file.get_tensor(f"model.{name}"))
+            tensor.copy_(_piece(file.get_tensor(f"model.{name}"), tensor))
     kinds = {}  # of each parameter: exp_avg, exp_avg_sq, step
     for key in keys:
         kinds.setdefault(_owner(key), []).append(key.partition(".")[0])
@@ -100,7 +106,7 @@ def load_training(path, model, optimizer=None):
         for parameter, name in zip(live_group["params"], group["names"]):
             live, state = optimizer.state.pop(parameter, {}), {}
             for kind in kinds.get(name, ()):
-                tensor = file.get_tensor(f"{kind}.{name}")
+                tensor = _piece(file.get_tensor(f"{kind}.{name}"), parameter)
                 device = parameter.device if kind != "step" or steps_on_device else torch.device("cpu")
                 old = live.get(kind)
                 in_place = isinstance(old, torch.Tensor) and (old.dtype, old.device) == (tensor.dtype, device)
@@ -178,6 +184,15 @@ def _training_file(path):
             "model folders are opened with load_pretrained"
         )
     return file, metadata
+
+
+def _piece(tensor, like):
+    """This process's piece of a whole `tensor`, divided as `like` is (a DTensor); the whole if that is not divided."""
+    if not hasattr(like, "placements") or tensor.shape != like.shape:  # a step's count belongs to all
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _owner(key):

@@ -32,12 +32,23 @@ FLOATS = {name: dtype for dtype, name in STORED_AS.items() if dtype.is_floating_
 HEADER_LIMIT = 100_000_000  # bytes; readers refuse more
 
 
+def writing_order(tensors):
+    """The names of `tensors` as they come in a file: wide types first, which keeps every tensor aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def whole(tensor):
+    """A tensor that is divided over processes (a DTensor) put together; any other as it is. All of them must ask, for
+    the same tensors in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def write_safetensors(path, tensors, metadata):
     """Write tensors {name: tensor on any device} and metadata {text: text}; return once the disk has them.
 
-    One tensor at a time passes through host memory. Wide types come first, which keeps every tensor aligned.
+    One tensor at a time passes through host memory. Divided ones need the other processes (parallel.help_save).
     """
-    order, header, end = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)), {"__metadata__": metadata}, 0
+    order, header, end = writing_order(tensors), {"__metadata__": metadata}, 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
         if tensors[name].dtype not in STORED_AS:
@@ -54,7 +65,7 @@ def write_safetensors(path, tensors, metadata):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(whole(tensors[name]).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,7 +3,7 @@
 It picks a device and a preset that fits, makes its data from what is on the machine, trains with the report's schedule
 (warm-up, stable, decay), answers a few questions as it learns, and ends with a table of accuracies, a plot and a
 checkpoint folder. Ctrl-C saves; the same command resumes, on a CPU to the last bit. `torchrun --nproc-per-node N
-train.py` does the same job on N processes with PyTorch's DDP.
+train.py` does the same job on N processes (parallel.py).
 
 To follow one training step, read in this order: `Loader.next` (data.py), `Objective.forward` and `train_step` (here),
 `NemotronH.features` (model.py), `Mamba2Mixer.forward` (mamba2.py). This file must not know alignment.
@@ -20,15 +20,13 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from device import choose_device, choose_dtype, choose_fp8, choose_impl, memory_gib, peak_flops, room_gib  # isort: skip
+from device import choose_device, choose_dtype, choose_fp8, choose_impl, memory_gib, peak_flops  # isort: skip
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 import branch
 import checkpoint
@@ -37,6 +35,7 @@ import curve
 import data
 import evaluate
 import fp8
+import parallel
 import resume
 import schedule
 import tasks
@@ -44,7 +43,7 @@ from generate import answer
 from loss import next_token_loss
 from model import PRESETS, build
 from schedule import wsd
-from sizes import count_parameters, describe, flops_per_token
+from sizes import describe, flops_per_token
 
 
 @dataclass
@@ -62,6 +61,8 @@ class TrainConfig:
     batch_rows: int | None = None  # rows in an optimizer step, all processes together; the first to lower for speed
     length: int | None = None  # tokens in a row; lower it when memory runs out
     accumulate: int = 1  # split a step's rows into this many parts; raise it when memory runs out
+    parallel: str = "ddp"  # ddp or fsdp: under torchrun each process holds the model whole, or one part of it
+    recompute: str = "off"  # off or layers: layers forget what the backward needs and compute it again, to save memory
     lr: float | None = None  # peak learning rate
     warmup: float = 0.02  # share of the steps in which the rate rises
     decay: float | None = None  # share of the steps, at the end, in which it falls to a hundredth
@@ -175,7 +176,7 @@ def train_step(objective, optimizer, scaler, batch, config, autocast, world):
     """One optimizer step over this rank's rows of the global batch; returns the summed statistics and the norm.
 
     The loss is the mean over all targets of all parts and processes: each part's sum is divided by the global count,
-    so accumulation and DDP give the gradient of one big batch whatever the split.
+    so accumulation and processes give the gradient of one big batch whatever the split.
     """
     ids, doc, kind = batch
     count = (kind[:, 1:] != data.NOT_LEARNED).sum().float()
@@ -184,15 +185,14 @@ def train_step(objective, optimizer, scaler, batch, config, autocast, world):
     total = torch.zeros(5, device=ids.device)
     parts = list(zip(*(t.chunk(config.accumulate) for t in batch)))
     for i, part in enumerate(parts):
-        wait = objective.no_sync() if world > 1 and i + 1 < len(parts) else nullcontext()
-        with wait:
+        with parallel.between_parts(objective, last=i + 1 == len(parts)):
             with autocast():
                 sums = objective(*part)
-            loss = (sums[0] + sums[1]) / count * world  # DDP averages gradients over processes: undo that
+            loss = (sums[0] + sums[1]) / count * world  # gradients are averaged over processes: undo that
             scaler.scale(loss).backward()
         total += sums.detach()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
+    norm = parallel.clip(objective.parameters(), config.clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -216,6 +216,8 @@ NOT_THE_RUN = {
     "eval_count",
     "phase_eval",
     "accumulate",
+    "parallel",
+    "recompute",
 }
 
 
@@ -231,6 +233,7 @@ class Run:
         if config.branch:
             config, self.trunk, starts = branch.inherit(config, NOT_THE_RUN)
         self.config = config = fill_in(config, self.device)
+        divided = parallel.check(config.parallel, config.recompute, dtype, self.world)
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         impl, impl_reason = choose_impl(config.impl, self.device, PRESETS[config.preset], compiled)
         self.fp8, fp8_reason = choose_fp8(config.fp8, self.device, dtype)
@@ -244,20 +247,18 @@ class Run:
         self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
         self.settings["fp8"] = "off" if self.fp8 == "off" else "on"  # who multiplies is not the run, as with impl
         self.check_out()
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        parallel.start(self.device, self.world)
 
         # What was decided, and why
         self.model_config = replace(
             PRESETS[config.preset], vocab_size=config.vocab or PRESETS[config.preset].vocab_size
         )
-        need = 16 * count_parameters(self.model_config)["total"] / 2**30  # weight, gradient, two moments: 4 bytes each
-        if need > room_gib(self.device):
-            raise ValueError(
-                f"--preset {config.preset} needs {need:.1f} GiB for weights, gradients and optimizer alone, and "
-                f"{self.device} has {room_gib(self.device):.1f} GiB: choose a smaller preset"
-            )
         self.tokens = config.batch_rows * config.length
+        memory = parallel.training_bytes(
+            self.model_config, self.tokens // self.world // config.accumulate, config.length, dtype.itemsize,
+            self.world, config.parallel, config.recompute, impl,
+        )  # fmt: skip
+        parallel.check_room(memory, self.device, self.world, config.preset)
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         self.say(
             f"device    {self.device} ({device_reason}{threads}); processes: {self.world}; torch {torch.__version__}"
@@ -275,6 +276,8 @@ class Run:
             self.marks[self.fall] = ", ".join([*filter(None, [self.marks.get(self.fall)]), "the rate begins to fall"])
         told = schedule.describe(config.steps, config.warmup, config.decay, config.decay_shape, self.starts)
         self.say(f"schedule  {told}")
+        self.say(f"parallel  {divided}")
+        self.say(f"memory    {parallel.describe_memory(memory)}")
         self.say(f"impl      {impl} ({impl_reason})")
         self.say(f"fp8       {self.fp8} ({fp8_reason})")
         self.say(f"compile   {'on (the first step takes half a minute)' if compiled else 'off: plain PyTorch'}")
@@ -296,13 +299,13 @@ class Run:
         if self.fp8 != "off":
             self.use_fp8()
         self.objective = Objective(self.model, evaluate.token_bytes(self.tokenizer).to(self.device), impl)
+        if config.recompute == "layers":
+            parallel.recompute_layers(self.model)
         if compiled:  # layer by layer: equal layers share one compiled graph, half a minute instead of several
             torch.set_float32_matmul_precision("high")
             for block in self.model.backbone.layers:
                 block.compile(dynamic=False)
-        if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(self.objective, device_ids=ids)
+        self.objective = parallel.divide(self.objective, config.parallel, self.device, dtype, self.world, compiled)
         self.optimizer = make_optimizer(self.model, config.lr, config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.autocast = lambda: torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
@@ -382,7 +385,9 @@ class Run:
     def save(self, folder=False, stable=False):
         """The training state, and with `folder` also the checkpoint folder that generate.py opens. stable: the copy
         that a branch starts from."""
-        if self.rank == 0:
+        if self.rank > 0:
+            parallel.help_save(self.model, self.optimizer, folder)
+        else:
             loop = {"step": self.step, "seconds": self.seconds(), "config": self.settings,
                     "loader": self.loader.state(), "data": self.fingerprint, "starts": self.starts,
                     "scaler": self.scaler.state_dict()}  # fmt: skip
@@ -431,11 +436,11 @@ class Run:
             if self.step % config.log_every == 0 or self.step in (1, config.steps):
                 self.record(window.close(norm, rate))
             every = config.sample_every
-            if every and self.rank == 0 and (self.step % every == 0 or self.step == config.steps // 20):
+            if every and (self.step % every == 0 or self.step == config.steps // 20):
                 before = time.time()
                 self.ask([questions[(self.step // every + i) % len(questions)] for i in (0, 3)])
                 window.start += time.time() - before
-            if self.rank == 0 and self.step in self.marks and config.phases:
+            if self.step in self.marks and config.phases:
                 before = time.time()
                 self.boundary()
                 window.start += time.time() - before
@@ -452,9 +457,12 @@ class Run:
 
     def ask(self, questions):
         """Answer questions and show the thoughts: what people watch while it learns."""
+        model = parallel.plain_copy(self.model, self.rank)
+        if model is None:
+            return
         with torch.compiler.set_stance("force_eager"):  # answers have all lengths: nothing to compile for
             for s in questions:
-                done = answer(self.model, self.tokenizer, s.question, max_new_tokens=len(s.trace + s.answer) + 24)
+                done = answer(model, self.tokenizer, s.question, max_new_tokens=len(s.trace + s.answer) + 24)
                 right = tasks.check(s, done.answer) and tasks.check_trace(s, done.thought)
                 thought = " / ".join(done.thought.split("\n"))[:110]
                 self.say(
@@ -462,39 +470,44 @@ class Run:
                 )
         self.model.train()
 
-    def exam(self, count, levels):
+    def exam(self, model, count, levels):
         """Held-out bits a byte and, if `count`, exact answers by family and level: the part of a record with both."""
         with torch.compiler.set_stance("force_eager"):
-            self.model.eval()
+            model.eval()
             bits = {
-                kind: evaluate.bits_per_byte(self.model, self.tokenizer, texts, self.config.length)
+                kind: evaluate.bits_per_byte(model, self.tokenizer, texts, self.config.length)
                 for kind, texts in self.held_out.items()
                 if texts
             }
-            table = count and evaluate.accuracy(self.model, self.tokenizer, levels=levels, count=count)
+            table = count and evaluate.accuracy(model, self.tokenizer, levels=levels, count=count)
         self.model.train()
         self.say("held-out text: " + ", ".join(f"{k} {v:.3f} bits/byte" for k, v in bits.items()))
         return {"held_out_bits_per_byte": bits} | ({"accuracy": table} if count else {})
 
     def boundary(self):
         """Where a blend ends or the rate begins to fall: what the model can do, and what it has been reading."""
+        model = parallel.plain_copy(self.model, self.rank)
+        if model is None:
+            return
         phase = curriculum.phase_of(self.step - 1, self.starts)
         entry = {"step": self.step, "tokens": self.step * self.tokens, "boundary": self.marks[self.step],
                  "phase": phase + 1, "intended": self.loader.intended[phase],
                  "realised": self.loader.realised[phase]}  # fmt: skip
         self.say(f"step {self.step:5d}: {entry['boundary']}; before it:")
-        entry |= self.exam(self.config.phase_eval, (1, 2, 3))
+        entry |= self.exam(model, self.config.phase_eval, (1, 2, 3))
         if self.config.phase_eval:
             self.say(", ".join(f"{k} {v:.1%} exact" for k, v in evaluate.by_kind(entry["accuracy"]).items()))
         self.record(entry)
 
     def finish(self):
         """The end of a run: bits per byte on held-out text, accuracy by family, a plot; returns the closing record."""
-        config = self.config
+        config, model = self.config, parallel.plain_copy(self.model, self.rank)
+        if model is None:
+            return None
         result = {"step": self.step, "seconds": round(self.seconds(), 1)}
         self.say(f"trained {config.steps} steps in {self.seconds():.0f} s")
         levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
-        result |= self.exam(config.eval_count, levels)
+        result |= self.exam(model, config.eval_count, levels)
         if config.eval_count:
             self.say(f"trace and answer exact on {config.eval_count} held-out questions each, free generation:")
             self.say(evaluate.format_table(result["accuracy"]))
@@ -556,7 +569,7 @@ def run(config):
     job = Run(config)
     if not job.train():
         return None
-    result = job.finish() if job.rank == 0 else None
+    result = job.finish()
     if job.world > 1:
         dist.barrier()
     return result
