@@ -305,8 +305,11 @@ def test_flags_that_cannot_be_had(capsys, tmp_path, monkeypatch):
             "--preset nano-12b needs 183.4 GiB for weights, gradients and optimizer alone",
         ),
     ]
+    twice = "--fp8 emulate --parallel fsdp --preset nano-1m"
+    said.append((twice, "--fp8 emulate with --parallel fsdp would round every matrix twice"))
     monkeypatch.setattr(parallel, "room_gib", lambda device: 100.0)
     for flags, words in said:
+        monkeypatch.setenv("WORLD_SIZE", "2" if flags == twice else "1")
         assert train.main(["--device", "cpu", "--out", str(tmp_path / "o"), *flags.split()]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
