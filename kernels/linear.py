@@ -19,7 +19,7 @@ The plan:
   squares as they come by, and scale the products at the end (a row's 1/rms is one factor for all of them). Squared ReLU
   and the residual are applied to what is about to be written. So an MLP is two launches;
 - W may be int8 with a float32 scale for each of its rows (see quantize.py): it is widened on the way to the matrix
-  unit, exactly, by four integer operations and one subtraction for two weights.
+  unit, exactly, by a few integer operations and one subtraction for two weights.
 
 What did not help (RESULTS.md): asking the L2 cache for the next matrix while the last programs of one end (programmatic
 dependent launch), at any distance: 0.1 to 0.7 ms a step slower.
@@ -72,8 +72,7 @@ def _linear(
     """Grid (N / BN, SPLIT). x (b, K), weight (N, K), out and residual (b, N), parts (SPLIT, ROWS, N) float32."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     r = tl.arange(0, ROWS)
-    step: tl.constexpr = BK
-    share = tl.cdiv(tl.cdiv(K, BK), SPLIT) * step
+    share = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, K)
     row = weight + n.to(tl.int64)[:, None] * K
