@@ -7,6 +7,7 @@ hits all), and prints medians and the ratio. It prints what it ran on, because a
     python bench.py mixer               one Mamba-2 layer, forward and backward, on the CPU, against transformers
     python bench.py kernels             the Triton kernels on a GPU, against mamba_ssm, PyTorch and the floor
     python bench.py training            training steps of a 549 M model on a GPU: tokens/s, MFU, memory, a profile
+    python bench.py fp8                 layers and a training step of the 12B's widths, eight-bit beside bf16
     python bench.py decode              a step of the 9B on a GPU, bf16 and int8, beside the bytes it must move
     python bench.py prefill             seconds to the first token, also of 128k tokens under a cap on memory
     python bench.py memory              the memory formula beside what is really held
@@ -29,7 +30,7 @@ import time
 import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 
-from benchmarks import measure, serving_command, training
+from benchmarks import eight_bits, measure, serving_command, training
 from benchmarks.timing import cpu_name
 from mamba2 import Mamba2Mixer
 from model import PRESETS
@@ -163,6 +164,10 @@ def bench_training(args):
     return 0
 
 
+def bench_fp8(args):
+    return eight_bits.command(args.write, args.out, args.source, args.commit, args.tiny)
+
+
 def bench_serving(args):
     wishes = {k: v for k, v in vars(args).items() if k in ("sampled", "device", "preset", "rows", "tokens")}
     return serving_command.command(args.command, args.write, args.out, args.source, args.commit, args.tiny, **wishes)
@@ -230,6 +235,17 @@ def main(argv=None):
         "--preset", choices=PRESETS, metavar="NAME", help="one of model.py's in place of the 549 M model"
     )
     steps.set_defaults(run=bench_training)
+
+    eight = commands.add_parser(
+        "fp8", help="eight-bit operands at the widths of the 12B, on a Hopper GPU",
+        description="Three products of each layer, quantising included, and a whole training step; minutes on a GPU.",
+    )  # fmt: skip
+    eight.add_argument("--write", action="store_true", help="put the tables into RESULTS.md, between its two markers")
+    eight.add_argument("--out", default="out/bench_fp8.json", help="where the record goes (%(default)s)")
+    eight.add_argument("--source", metavar="FILE", help="measure nothing: make the tables from this earlier record")
+    eight.add_argument("--commit", help="what to call the code's state where there is no git checkout")
+    eight.add_argument("--tiny", action="store_true", help="toy sizes, emulated, to try the command anywhere")
+    eight.set_defaults(run=bench_fp8)
 
     for name, help_ in dict(
         decode="a decode step of the 9B on a GPU, for some batch sizes, in bf16 and int8",

@@ -170,28 +170,26 @@ class Recipe:
             )
 
     def activation(self, x):
-        return self._quantise(x, "e4m3")
+        """(x, x^T), Quantised, each from the numbers themselves with tiles along its rows."""
+        return self._both(x, 0, "e4m3")
 
     def gradient(self, g):
-        return self._quantise(g, self.gradients)
-
-    def _quantise(self, x, form):
-        if self.impl == "real":
-            from kernels import fp8 as kernels
-
-            return kernels.quantise(x, TILES[self.scaling][0], form, self.power_of_two)
-        return quantise(x, TILES[self.scaling][0], form, self.power_of_two)
+        """(g, g^T), as `activation`."""
+        return self._both(g, 0, self.gradients)
 
     def weight(self, w):
         """(w, w^T), Quantised. Square tiles are rounded once and turned; rows are cut anew, along the other side."""
+        return self._both(w, 1, "e4m3")
+
+    def _both(self, x, kind, form):
+        tile = TILES[self.scaling][kind]
         if self.impl == "real":
             from kernels import fp8 as kernels
 
-            return kernels.both(w, "e4m3", self.power_of_two)
-        tile = TILES[self.scaling][1]
-        quantised = quantise(w, tile, "e4m3", self.power_of_two)
-        turned = quantised.t() if tile[0] == tile[1] else quantise(w.t(), tile, "e4m3", self.power_of_two)
-        return quantised, turned
+            return kernels.both(x, tile, form, self.power_of_two)
+        one = quantise(x, tile, form, self.power_of_two)
+        turned = one.t() if tile[0] == tile[1] else quantise(x.t(), tile, form, self.power_of_two)
+        return one, turned
 
     def product(self, a, b, dtype):
         if self.impl == "real":
@@ -202,25 +200,27 @@ class Recipe:
 
 
 class _Linear(torch.autograd.Function):
-    """x (t, k), weight (n, k) -> (t, n) in x's dtype. Kept for the backward: x as it came, and the weight's codes."""
+    """x (t, k), weight (n, k) -> (t, n) in x's dtype. Kept for the backward: codes only, of x^T and of the weight."""
 
     @staticmethod
     def forward(ctx, x, weight, recipe):
-        w, w_turned = recipe.weight(weight)
-        ctx.save_for_backward(x, w_turned.codes, w_turned.scale)
-        ctx.recipe, ctx.turned = recipe, (w_turned.tile, w_turned.shape, w_turned.power_of_two)
-        ctx.weight_dtype = torch.promote_types(weight.dtype, torch.float32)
-        return recipe.product(recipe.activation(x), w, x.dtype)
+        (x_codes, x_turned), (w, w_turned) = recipe.activation(x), recipe.weight(weight)
+        kept = x_turned, w_turned
+        ctx.save_for_backward(*(t for q in kept for t in (q.codes, q.scale)))
+        ctx.kept = [(q.tile, q.shape, q.power_of_two) for q in kept]
+        ctx.recipe, ctx.dtypes = recipe, (x.dtype, torch.promote_types(weight.dtype, torch.float32))
+        return recipe.product(x_codes, w, x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
-        x, codes, scale = ctx.saved_tensors
+    def backward(ctx, grad):
+        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
         recipe, dx, dweight = ctx.recipe, None, None
+        g, g_turned = recipe.gradient(grad)
         if ctx.needs_input_grad[0]:
-            dx = recipe.product(recipe.gradient(g), Quantised(codes, scale, *ctx.turned), x.dtype)
+            dx = recipe.product(g, Quantised(w_codes, w_scale, *ctx.kept[1]), ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            dweight = recipe.product(recipe.gradient(g.t()), recipe.activation(x.t()), ctx.weight_dtype)
+            dweight = recipe.product(g_turned, Quantised(x_codes, x_scale, *ctx.kept[0]), ctx.dtypes[1])
         return dx, dweight, None
 
 

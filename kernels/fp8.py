@@ -36,32 +36,24 @@ ROWS, SQUARE = TILES["block"]  # (1, 128) and (128, 128)
 
 
 @triton.jit
-def _quantise(
-    x, codes, turned, scale, rows, columns, filled, x_row, x_column, pitch, turned_pitch, scale_row, scale_column,
-    largest, input_largest,
-    MANTISSA: tl.constexpr, BIAS: tl.constexpr, POWER_OF_TWO: tl.constexpr, SQUARE: tl.constexpr,
-    TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile (ROWS, COLUMNS): one scale for all of it if SQUARE, else one for each row. Rows up to `filled` exist in
-    the output."""
-    tile_row, tile_column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)  # offsets may pass 2^31
-    r = tile_row * ROWS + tl.arange(0, ROWS)
-    c = tile_column * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (r < rows)[:, None] & (c < columns)[None, :]
-    v = tl.load(x + r[:, None] * x_row + c[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
-
-    size = tl.where(v == v, tl.abs(v), float("inf"))  # NaN: no scale, like infinity
-    amax = tl.max(size, 1)  # (ROWS,)
-    if SQUARE:
-        amax = tl.zeros((ROWS,), tl.float32) + tl.max(amax, 0)
+def _multiplier(amax, largest, input_largest, POWER_OF_TWO: tl.constexpr):
+    """`fp8.multipliers` of a vector of largest magnitudes."""
     scaled = (amax > 0) & (amax < float("inf"))
-    m = tl.minimum(tl.div_rn(tl.zeros((ROWS,), tl.float32) + largest, tl.where(scaled, amax, 1.0)), input_largest)
+    m = tl.minimum(tl.div_rn(tl.zeros_like(amax) + largest, tl.where(scaled, amax, 1.0)), input_largest)
     if POWER_OF_TWO:
         m = (m.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
-    m = tl.where(scaled, m, 1.0)
+    return tl.where(scaled, m, 1.0)
 
+
+@triton.jit
+def _code(v, largest, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr):
+    """Float32 to codes, as bytes. NATIVE: by the instruction for it."""
+    if NATIVE:
+        v = tl.where(v == v, tl.clamp(v, -largest, largest), v)
+        if MANTISSA == 3:
+            return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return v.to(tl.float8e5).to(tl.uint8, bitcast=True)
     SHIFT: tl.constexpr = 23 - MANTISSA
-    v = v * m[:, None]
     size = tl.minimum(tl.abs(v), largest)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
@@ -69,17 +61,63 @@ def _quantise(
     small = (size + STEPS).to(tl.int32, bitcast=True) & 0xFF
     code = tl.where(size < 2.0 ** (1 - BIAS), small, normal)
     code = tl.where(v == v, code, 0x7F) | ((v.to(tl.int32, bitcast=True) >> 24) & 0x80)
-    code = code.to(tl.uint8)
+    return code.to(tl.uint8)
 
+
+@triton.jit
+def _quantise(
+    x, codes, turned, scale, turned_scale, rows, columns, filled, turned_filled, x_row, x_column, pitch, turned_pitch,
+    scale_row, scale_column, turned_scale_row, turned_scale_column, largest, input_largest,
+    MANTISSA: tl.constexpr, BIAS: tl.constexpr, POWER_OF_TWO: tl.constexpr, SQUARE: tl.constexpr,
+    TURNED: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile (ROWS, COLUMNS): one scale for all of it if SQUARE, else one for each row. TURNED: the transposed tile as
+    well, with the same codes if SQUARE, else with one scale for each column. Rows up to `filled`, and of the transposed
+    one up to `turned_filled`, exist in the output."""
+    tile_row, tile_column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)  # offsets may pass 2^31
+    r = tile_row * ROWS + tl.arange(0, ROWS)
+    c = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    v = tl.load(x + r[:, None] * x_row + c[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+    size = tl.where(v == v, tl.abs(v), float("inf"))  # NaN: no scale, like infinity
+
+    amax = tl.max(size, 1)  # (ROWS,)
+    if SQUARE:
+        amax = tl.zeros((ROWS,), tl.float32) + tl.max(amax, 0)
+    m = _multiplier(amax, largest, input_largest, POWER_OF_TWO)
+    code = _code(v * m[:, None], largest, MANTISSA, BIAS, NATIVE)
     there = (r < filled)[:, None] & (c >= 0)[None, :]  # (ROWS, COLUMNS)
     tl.store(codes + r[:, None] * pitch + c[None, :], code, mask=there)
-    if TURNED:
-        tl.store(turned + c[:, None] * turned_pitch + r[None, :], tl.trans(code))
     decode = tl.div_rn(tl.zeros((ROWS,), tl.float32) + 1.0, m)
     if SQUARE:
         tl.store(scale + tile_row * scale_row + tile_column * scale_column, tl.max(decode, 0))
     else:
         tl.store(scale + r * scale_row + tile_column * scale_column, decode, mask=r < filled)
+
+    if TURNED:
+        if not SQUARE:
+            m = _multiplier(tl.max(size, 0), largest, input_largest, POWER_OF_TWO)  # (COLUMNS,)
+            code = _code(v * m[None, :], largest, MANTISSA, BIAS, NATIVE)
+            decode = tl.div_rn(tl.zeros((COLUMNS,), tl.float32) + 1.0, m)
+            place = turned_scale + c * turned_scale_row + tile_row * turned_scale_column
+            tl.store(place, decode, mask=c < turned_filled)
+        there = (c < turned_filled)[:, None] & (r >= 0)[None, :]  # (COLUMNS, ROWS)
+        tl.store(turned + c[:, None] * turned_pitch + r[None, :], tl.trans(code), mask=there)
+
+
+def _native(device):
+    """Whether the card converts to eight bits by itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _empty(rows, columns, tile, device):
+    """Room for the codes and scales of a matrix: rows up to a multiple of `align`, columns in whole tiles."""
+    align = BLOCK if tile == SQUARE else ALIGNED
+    filled, across = rows + -rows % align, -(-columns // BLOCK)
+    codes = torch.empty(filled, across * BLOCK, dtype=torch.uint8, device=device)
+    if tile == SQUARE:
+        return codes, torch.empty(filled // BLOCK, across, dtype=torch.float32, device=device)
+    return codes, torch.empty(across, filled, dtype=torch.float32, device=device).t()  # the outer dimension first
 
 
 def _run(x, tile, form, power_of_two, both):
@@ -88,28 +126,24 @@ def _run(x, tile, form, power_of_two, both):
             f"the FP8 kernel takes a matrix in float32 or bfloat16 and tiles {ROWS} or {SQUARE}; got "
             f"{tuple(x.shape)} in {x.dtype}, {tile}"
         )
-    (rows, columns), square, form_dtype = x.shape, tile == SQUARE, FORMATS[form]
-    align = BLOCK if square else ALIGNED  # of rows; columns are summed over, in whole tiles
-    filled, across = rows + -rows % align, -(-columns // BLOCK)
-    codes = torch.empty(filled, across * BLOCK, dtype=torch.uint8, device=x.device)
-    turned = torch.empty(across * BLOCK, filled, dtype=torch.uint8, device=x.device) if both else codes
-    if square:
-        scale = torch.empty(filled // BLOCK, across, dtype=torch.float32, device=x.device)
-    else:
-        scale = torch.empty(across, filled, dtype=torch.float32, device=x.device).t()  # the outer dimension first
-    if filled and across:
-        height = BLOCK if square else 32
+    (rows, columns), square, dtype = x.shape, tile == SQUARE, FORMATS[form]
+    codes, scale = _empty(rows, columns, tile, x.device)
+    turned, turned_scale = _empty(columns, rows, tile, x.device) if both else (codes, scale)
+    height = BLOCK if both or square else 32
+    if codes.numel():
         with torch.cuda.device_of(x):
-            _quantise[(-(-filled // height), across)](
-                x, codes, turned, scale, rows, columns, filled, *x.stride(), codes.stride(0), turned.stride(0),
-                *scale.stride(), torch.finfo(form_dtype).max, torch.finfo(x.dtype).max,
-                MANTISSA=MANTISSA[form], BIAS=2 ** (6 - MANTISSA[form]) - 1, POWER_OF_TWO=power_of_two, SQUARE=square,
-                TURNED=both, ROWS=height, COLUMNS=BLOCK, num_warps=8 if square else 4,
+            _quantise[(-(-codes.shape[0] // height), codes.shape[1] // BLOCK)](
+                x, codes, turned, scale, turned_scale, rows, columns, codes.shape[0], turned.shape[0], *x.stride(),
+                codes.stride(0), turned.stride(0), *scale.stride(), *turned_scale.stride(), torch.finfo(dtype).max,
+                torch.finfo(x.dtype).max, MANTISSA=MANTISSA[form], BIAS=2 ** (6 - MANTISSA[form]) - 1,
+                POWER_OF_TWO=power_of_two, SQUARE=square, TURNED=both, NATIVE=_native(x.device), ROWS=height,
+                COLUMNS=BLOCK, num_warps=8 if height == BLOCK else 4,
             )  # fmt: skip
-    one = Quantised(codes.view(form_dtype), scale, tile, (rows, columns), power_of_two)
+    one = Quantised(codes.view(dtype), scale, tile, (rows, columns), power_of_two)
     if not both:
         return one
-    return one, Quantised(turned.view(form_dtype), scale.t(), tile[::-1], (columns, rows), power_of_two)
+    turned_scale = scale.t() if square else turned_scale
+    return one, Quantised(turned.view(dtype), turned_scale, tile, (columns, rows), power_of_two)
 
 
 def quantise(x, tile, form="e4m3", power_of_two=True):
@@ -121,9 +155,10 @@ def quantise(x, tile, form="e4m3", power_of_two=True):
     return _run(x, tile, form, power_of_two, both=False)
 
 
-def both(w, form="e4m3", power_of_two=True):
-    """(w, w^T) in blocks of 128 x 128: the same codes and scales, each with its rows as neighbours in memory."""
-    return _run(w, SQUARE, form, power_of_two, both=True)
+def both(x, tile, form="e4m3", power_of_two=True):
+    """(x, x^T), each cut into tiles along its rows, of one reading of x. Blocks of 128 x 128 have the same codes and
+    scales in both; tiles of 1 x 128 have scales of their own, made from the numbers themselves."""
+    return _run(x, tile, form, power_of_two, both=True)
 
 
 def scales_for_cublas(q):

@@ -105,6 +105,7 @@ if __name__ == "__main__":
     TARGET = GPUTarget("cuda", capability, 32)
     JITFunction.run = compile_launch
     ssd.shared_memory = lambda device: shared
+    fp8._native = lambda device: capability >= 89
     decode._dependent = lambda device: capability >= 90
     layer(128, 80, 8, 128, torch.bfloat16, packed=False)  # the released models' layer
     layer(16, 64, 2, 64, torch.bfloat16, packed=True)
@@ -117,5 +118,6 @@ if __name__ == "__main__":
         x = meta(300, 1296, dtype=dtype)
         fp8.quantise(x, (1, 128))
         fp8.quantise(x.t(), (1, 128), "e5m2", power_of_two=False)
-        fp8.both(x)
+        for tile in ((1, 128), (128, 128)):
+            fp8.both(x, tile)
     steps(meta)

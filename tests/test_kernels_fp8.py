@@ -93,12 +93,23 @@ def test_zero_infinite_missing_and_extreme_numbers():
 def test_a_weight_is_rounded_once_and_written_twice():
     for dtype in (torch.float32, torch.bfloat16):
         w = wide(130, 300, dtype)
-        one, turned = kernels.both(w)
+        one, turned = kernels.both(w, SQUARE)
         assert one.codes.shape == (256, 384) and turned.codes.shape == (384, 256)
         assert one.codes.is_contiguous() and turned.codes.is_contiguous()
         assert torch.equal(raw(one.codes.t()), raw(turned.codes)) and torch.equal(one.scale.t(), turned.scale)
         assert torch.equal(one.numbers().cpu(), fp8.quantise(w.cpu(), SQUARE).numbers())
         assert torch.equal(turned.numbers(), one.numbers().t()) and turned.shape == (300, 130)
+
+
+def test_one_reading_makes_both_copies():
+    for rows, columns in [(1, 1), (17, 300), (129, 130)]:
+        x = wide(rows, columns)
+        x[0, :1] = float("nan")
+        x[-1, -1] = float("inf")
+        for got, view in zip(kernels.both(x, TILE, "e5m2", False), (x, x.t())):
+            want = kernels.quantise(view, TILE, "e5m2", False)
+            assert torch.equal(raw(got.codes), raw(want.codes)) and torch.equal(got.scale, want.scale)
+            assert got.shape == want.shape and got.scale.stride() == want.scale.stride() and got.tile == TILE
 
 
 def test_nothing_at_all():
