@@ -36,20 +36,26 @@ ROWS, SQUARE = TILES["block"]  # (1, 128) and (128, 128)
 
 
 @triton.jit
-def _multiplier(amax, largest, input_largest, POWER_OF_TWO: tl.constexpr):
-    """`fp8.multipliers` of a vector of largest magnitudes."""
-    scaled = (amax > 0) & (amax < float("inf"))
-    m = tl.minimum(tl.div_rn(tl.zeros_like(amax) + largest, tl.where(scaled, amax, 1.0)), input_largest)
+def _scales(amax, largest, input_largest, MANTISSA: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """(multipliers, their reciprocals) of tiles, as `fp8.multipliers`. amax: the bits of the largest magnitudes."""
+    scaled = (amax > 0) & (amax < 0x7F800000)  # below the bits of infinity, and so of NaN
     if POWER_OF_TWO:
-        m = (m.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
-    return tl.where(scaled, m, 1.0)
+        # largest / amax = 2^(top - e) * (1.75 / f) for amax = f * 2^e: a half of the power if f > 1.75
+        TOP: tl.constexpr = 262 if MANTISSA == 3 else 269  # 448 is 1.75 * 2^8, 57,344 is 1.75 * 2^15; e has 127 added
+        m = tl.minimum(TOP - (amax >> 23) - ((amax & 0x7FFFFF) > 0x600000).to(tl.int32), 254)
+        m = tl.where(scaled, m, 127)
+        decode = tl.where(m < 254, (254 - m) << 23, 0x400000)  # 2^-127 is no normal number
+        return (m << 23).to(tl.float32, bitcast=True), decode.to(tl.float32, bitcast=True)
+    size = tl.where(scaled, amax, 0x3F800000).to(tl.float32, bitcast=True)
+    m = tl.minimum(tl.div_rn(tl.zeros_like(size) + largest, size), input_largest)
+    m = tl.where(scaled, m, 1.0)
+    return m, tl.div_rn(tl.zeros_like(m) + 1.0, m)
 
 
 @triton.jit
 def _code(v, largest, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr):
     """Float32 to codes, as bytes. NATIVE: by the instruction for it."""
     if NATIVE:
-        v = tl.where(v == v, tl.clamp(v, -largest, largest), v)
         if MANTISSA == 3:
             return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         return v.to(tl.float8e5).to(tl.uint8, bitcast=True)
@@ -79,16 +85,15 @@ def _quantise(
     c = tile_column * COLUMNS + tl.arange(0, COLUMNS)
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     v = tl.load(x + r[:, None] * x_row + c[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
-    size = tl.where(v == v, tl.abs(v), float("inf"))  # NaN: no scale, like infinity
+    size = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # magnitudes compare as their bits do; NaN is beyond infinity
 
     amax = tl.max(size, 1)  # (ROWS,)
     if SQUARE:
-        amax = tl.zeros((ROWS,), tl.float32) + tl.max(amax, 0)
-    m = _multiplier(amax, largest, input_largest, POWER_OF_TWO)
+        amax = tl.zeros((ROWS,), tl.int32) + tl.max(amax, 0)
+    m, decode = _scales(amax, largest, input_largest, MANTISSA, POWER_OF_TWO)
     code = _code(v * m[:, None], largest, MANTISSA, BIAS, NATIVE)
     there = (r < filled)[:, None] & (c >= 0)[None, :]  # (ROWS, COLUMNS)
     tl.store(codes + r[:, None] * pitch + c[None, :], code, mask=there)
-    decode = tl.div_rn(tl.zeros((ROWS,), tl.float32) + 1.0, m)
     if SQUARE:
         tl.store(scale + tile_row * scale_row + tile_column * scale_column, tl.max(decode, 0))
     else:
@@ -96,9 +101,8 @@ def _quantise(
 
     if TURNED:
         if not SQUARE:
-            m = _multiplier(tl.max(size, 0), largest, input_largest, POWER_OF_TWO)  # (COLUMNS,)
+            m, decode = _scales(tl.max(size, 0), largest, input_largest, MANTISSA, POWER_OF_TWO)  # (COLUMNS,)
             code = _code(v * m[None, :], largest, MANTISSA, BIAS, NATIVE)
-            decode = tl.div_rn(tl.zeros((COLUMNS,), tl.float32) + 1.0, m)
             place = turned_scale + c * turned_scale_row + tile_row * turned_scale_column
             tl.store(place, decode, mask=c < turned_filled)
         there = (c < turned_filled)[:, None] & (r >= 0)[None, :]  # (COLUMNS, ROWS)
