@@ -20,6 +20,11 @@ bfloat16 before multiplying, so a matrix is rounded *before* it travels, which i
 and the SSM's A_log, D and dt_bias are used in float32 and travel so, and so do embedding and head. Gradients are summed
 in float32. Each layer is therefore two groups of tensors, its matrices and its rest.
 
+A matrix that trains in eight bits (fp8.py) travels in float32: rounded to bfloat16 first, it would be rounded twice. A
+byte a number would do, and be a quarter of the traffic; but a scale belongs to 128 rows, and pieces do not end where
+blocks do (22,656 rows of the 12B's in_proj are 88.5 blocks for each of two processes), so the processes would have to
+agree on scales first. PyTorch has the place for such code (a tensor that says how it is gathered), and not the code.
+
 The order matters: recompute, then compile, then divide. A layer that is computed again must be one that is already put
 together, and the compiled code must not contain the putting together. So a compiled layer is one group, and travels in
 float32: with a second group inside, PyTorch would leave the layer uncompiled, and not say so.
@@ -113,8 +118,10 @@ def divide(objective, engine, device, dtype, world, compiled=False):
     rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in objective.model.backbone.layers:
         if dtype != torch.float32 and not compiled:
-            matrices = [module for module in block.modules() if isinstance(module, nn.Linear)]
-            fully_shard(matrices, mesh=mesh, mp_policy=rounded)
+            # of type nn.Linear: those that train in eight bits round their float32 weight themselves, and once
+            matrices = [module for module in block.modules() if type(module) is nn.Linear]
+            if matrices:
+                fully_shard(matrices, mesh=mesh, mp_policy=rounded)
         fully_shard(block, mesh=mesh, mp_policy=as_it_is)
     fully_shard(objective.model.backbone.embeddings, mesh=mesh, mp_policy=as_it_is)
     return fully_shard(objective, mesh=mesh, mp_policy=as_it_is)  # the rest: the last norm and the head

@@ -237,11 +237,6 @@ class Run:
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         impl, impl_reason = choose_impl(config.impl, self.device, PRESETS[config.preset], compiled)
         self.fp8, fp8_reason = choose_fp8(config.fp8, self.device, dtype)
-        if self.fp8 != "off" and config.parallel == "fsdp" and self.world > 1:
-            raise ValueError(
-                f"--fp8 {config.fp8} with --parallel fsdp would round every matrix twice, to {str(dtype)[6:]} for the "
-                "way between processes and then to eight bits: use --parallel ddp"
-            )
         if config.batch_rows % (self.world * config.accumulate):
             raise ValueError(
                 f"--batch-rows {config.batch_rows} cannot be split over {self.world} processes times "

@@ -117,8 +117,8 @@ def steps(config, rows, length, impls, first, device, repeats, compiled, say):
                              autocast=autocast, world=1)  # fmt: skip
     times, losses = {name: [] for name in runs}, {name: [] for name in runs}
     torch.manual_seed(1)
-    batch = make_batch(rows, length, config.vocab_size, False, device)
     for i in range(repeats + 3):  # three to compile and to find memory
+        batch = make_batch(rows, length, config.vocab_size, False, device)  # new tokens, the same for all
         for name, step in runs.items():
             marks = Marks(device)
             marks.mark()
@@ -132,9 +132,8 @@ def steps(config, rows, length, impls, first, device, repeats, compiled, say):
         ms = statistics.median(times[name]) * 1e3
         found.append({"fp8": name, "compiled": compiled, "rows": rows, "length": length, "ms": ms,
                       "losses": losses[name], "parameters": count_parameters(config)["total"]})  # fmt: skip
-        say(
-            f"step      {name:8} {'compiled' if compiled else 'eager':8} {ms:8.1f} ms  {tokens / ms * 1e3:,.0f} tokens/s"
-        )
+        how, speed = "compiled" if compiled else "eager", tokens / ms * 1e3
+        say(f"step      {name:8} {how:8} {ms:8.1f} ms  {speed:,.0f} tokens/s")
     return found
 
 

@@ -135,14 +135,18 @@ def test_a_run_goes_on_with_other_processes_and_another_engine(launch):
 HELD = """
 import json, os, sys
 import torch, torch.distributed as dist
-import parallel, train
+import fp8, parallel, train
 from reference import ours
 from test_train import packed_batch
 
 dist.init_process_group("gloo")
 rank, told = dist.get_rank(), {}
-for engine, dtype in [("fsdp", torch.float32), ("fsdp", torch.bfloat16), ("ddp", torch.bfloat16)]:
+cases = [("fsdp", torch.float32, ""), ("fsdp", torch.bfloat16, ""), ("ddp", torch.bfloat16, "")]
+cases += [("fsdp", torch.bfloat16, " fp8"), ("ddp", torch.bfloat16, " fp8")]
+for engine, dtype, eight in cases:
     model = ours()
+    if eight:
+        fp8.convert_(model.backbone.layers, first=0, last=0)
     objective = parallel.divide(train.Objective(model, torch.ones(263)), engine, torch.device("cpu"), dtype, 2)
     optimizer = train.make_optimizer(model, 1e-3, 0.1)
     batch = [t[rank::2] for t in packed_batch(8, 29)]
@@ -155,7 +159,7 @@ for engine, dtype in [("fsdp", torch.float32), ("fsdp", torch.bfloat16), ("ddp",
     sums, norm = train.train_step(objective, optimizer, scaler, batch, train.TrainConfig(), autocast, 2)
     dist.all_reduce(sums)
     local = lambda t: getattr(t, "_local_tensor", t).numel()
-    told[f"{engine} {dtype}"] = dict(
+    told[f"{engine} {dtype}{eight}"] = dict(
         held=sum(local(p) for p in model.parameters()),
         moments=sum(local(v) for s in optimizer.state.values() for v in s.values() if v.dim()),
         master=sorted({str(p.dtype) for p in model.parameters()}),
@@ -164,7 +168,7 @@ for engine, dtype in [("fsdp", torch.float32), ("fsdp", torch.bfloat16), ("ddp",
     copy = parallel.plain_copy(model, rank)
     assert (copy is None) == (rank == 1)
     if rank == 0:
-        told[f"{engine} {dtype}"]["copy"] = sum(p.numel() for p in copy.parameters())
+        told[f"{engine} {dtype}{eight}"]["copy"] = sum(p.numel() for p in copy.parameters())
 everyone = [None, None]
 dist.all_gather_object(everyone, told)
 if rank == 0:
@@ -184,7 +188,8 @@ def test_what_each_process_holds_and_what_is_rounded(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "told.json").read_text())
     total = sum(p.numel() for p in ours().parameters())
-    for engine, dtype in (("fsdp", "torch.float32"), ("fsdp", "torch.bfloat16"), ("ddp", "torch.bfloat16")):
+    kinds = [("fsdp", "torch.float32"), ("fsdp", "torch.bfloat16"), ("ddp", "torch.bfloat16")]
+    for engine, dtype in [*kinds, ("fsdp", "torch.bfloat16 fp8"), ("ddp", "torch.bfloat16 fp8")]:
         both = [rank[f"{engine} {dtype}"] for rank in told]
         assert all(rank["master"] == ["torch.float32"] for rank in both) and both[0]["copy"] == total
         share = 1 if engine == "ddp" else 0.5
@@ -196,10 +201,12 @@ def test_what_each_process_holds_and_what_is_rounded(tmp_path):
         assert rounded == (
             {"in_proj.weight", "out_proj.weight"} if (engine, dtype) == ("fsdp", "torch.bfloat16") else set()
         )
-    divided, doubled = (told[0][f"{engine} torch.bfloat16"] for engine in ("fsdp", "ddp"))
-    assert divided["loss"] == pytest.approx(doubled["loss"], rel=1e-6)  # the same numbers, rounded before or after
-    assert divided["norm"] == pytest.approx(doubled["norm"], rel=1e-3)
-    assert divided["loss"] != told[0]["fsdp torch.float32"]["loss"]
+    for eight in ("", " fp8"):
+        divided, doubled = (told[0][f"{engine} torch.bfloat16{eight}"] for engine in ("fsdp", "ddp"))
+        assert divided["loss"] == pytest.approx(doubled["loss"], rel=1e-6)  # the same numbers, rounded before or after
+        assert divided["norm"] == pytest.approx(doubled["norm"], rel=1e-3)
+    assert divided["loss"] != told[0]["fsdp torch.bfloat16"]["loss"]
+    assert told[0]["fsdp torch.bfloat16"]["loss"] != told[0]["fsdp torch.float32"]["loss"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,11 +312,9 @@ def test_flags_that_cannot_be_had(capsys, tmp_path, monkeypatch):
             "--preset nano-12b needs 183.4 GiB for weights, gradients and optimizer alone",
         ),
     ]
-    twice = "--fp8 emulate --parallel fsdp --preset nano-1m"
-    said.append((twice, "--fp8 emulate with --parallel fsdp would round every matrix twice"))
     monkeypatch.setattr(parallel, "room_gib", lambda device: 100.0)
     for flags, words in said:
-        monkeypatch.setenv("WORLD_SIZE", "2" if flags == twice else "1")
+        monkeypatch.setenv("WORLD_SIZE", "1")
         assert train.main(["--device", "cpu", "--out", str(tmp_path / "o"), *flags.split()]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
