@@ -34,6 +34,7 @@ from benchmarks import eight_bits, measure, serving_command, training
 from benchmarks.timing import cpu_name
 from mamba2 import Mamba2Mixer
 from model import PRESETS
+from parallel import ENGINES, RECOMPUTE
 
 MIXER_BAR = 2.0  # what this project set out to reach
 
@@ -160,7 +161,7 @@ def bench_kernels(args):
 
 def bench_training(args):
     training.run(args.impl, args.compile, args.rows, args.length, args.steps, args.profile, args.packed, args.tiny,
-                 args.preset)  # fmt: skip
+                 args.preset, args.parallel, args.recompute)  # fmt: skip
     return 0
 
 
@@ -231,6 +232,8 @@ def main(argv=None):
     steps.add_argument("--profile", action="store_true", help="then a table of GPU time by kind of kernel")
     steps.add_argument("--packed", action="store_true", help="rows of several documents, as train.py's are")
     steps.add_argument("--tiny", action="store_true", help="a toy model instead, to try the command anywhere")
+    steps.add_argument("--parallel", choices=ENGINES, default="ddp", help="under torchrun: who holds what (ddp)")
+    steps.add_argument("--recompute", choices=RECOMPUTE, default="off", help="layers: keep their inputs only (off)")
     steps.add_argument(
         "--preset", choices=PRESETS, metavar="NAME", help="one of model.py's in place of the 549 M model"
     )

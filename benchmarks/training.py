@@ -9,6 +9,10 @@ operations (3 x flops_per_token: forward once, backward twice) make up.
     operations    3 x 1.03 GFLOP a token at length 2048, so 989 TFLOP/s would be 319 thousand tokens a second
     bytes         16 a parameter (weight, gradient, two moments) = 8.8 GB; all else is activations
 
+Under torchrun, with --parallel, the same step on several GPUs, each with its own rows; figures are then of all
+together, and --recompute layers is what lets the 12B train: `torchrun --nproc-per-node 2 bench.py training --preset
+nano-12b --parallel fsdp --recompute layers --rows 1 --length 8192`.
+
 Compiled code is not taken from caches: how long the first step takes on a fresh machine is one of the questions. Some
 of our kernels share a name between files; here each is compiled under its file's name too, for the profile's sake.
 """
@@ -24,8 +28,10 @@ from functools import partial
 
 from device import choose_device, choose_dtype, choose_impl, memory_gib  # isort: skip  (before torch)
 import torch
+import torch.distributed as dist
 
 import data
+import parallel
 from model import PRESETS, ModelConfig, build
 from sizes import count_parameters, describe, flops_per_token
 from train import Objective, TrainConfig, make_optimizer, train_step
@@ -153,11 +159,12 @@ def profile_table(kernels, step_ms, top=15):
 
 def run(
     impl="auto", compile=False, rows=8, length=2048, steps=20, profile=False, packed=False, tiny=False, preset=None,
-    say=None,
+    engine="ddp", recompute="off", say=None,
 ):  # fmt: skip
     """Train for a few steps and say what came out; returns it as a dict. ValueError if `impl` cannot be had. preset:
-    one of model.PRESETS in the place of the 549 M model."""
-    say = say or partial(print, flush=True)
+    one of model.PRESETS in the place of the 549 M model. engine, recompute: as in parallel.py; rows are a process's."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    say = say or (partial(print, flush=True) if rank == 0 else lambda text: None)
     device, device_reason = choose_device("auto")
     dtype, dtype_reason = choose_dtype("auto", device)
     if device.type == "cpu" and not tiny:
@@ -165,16 +172,26 @@ def run(
     if tiny and preset:
         raise ValueError(f"--tiny and --preset {preset} are two models: give one")
     config = PRESETS[preset] if preset else ModelConfig(**(TINY if tiny else HYBRID_549M))
+    divided = parallel.check(engine, recompute, dtype, world)
+    parallel.start(device, world)
     impl, impl_reason = choose_impl(impl, device, config, compile)
     say(f"device    {device} ({device_reason}); torch {torch.__version__}")
     say(f"dtype     {str(dtype)[6:]} matrix products ({dtype_reason}); weights and optimizer float32")
     say(f"impl      {impl} ({impl_reason}); torch.compile {'on' if compile else 'off'}")
     say("model     " + describe(config).replace("\n", "\n          "))
     say(f"step      {rows} rows of {length}, {'packed documents' if packed else 'one document each'}")
-    with fresh_caches():
-        if impl == "triton":
-            name_kernels()
-        return measure(config, device, dtype, impl, compile, rows, length, steps, profile, packed, say)
+    memory = parallel.training_bytes(config, rows * length, length, dtype.itemsize, world, engine, recompute, impl)
+    say(f"parallel  {divided}\nmemory    {parallel.describe_memory(memory)}")
+    parallel.check_room(memory, device, world, preset or "549M")
+    shared = engine, recompute, world, rank
+    try:
+        with fresh_caches():
+            if impl == "triton":
+                name_kernels()
+            return measure(config, device, dtype, impl, compile, rows, length, steps, profile, packed, shared, say)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -191,25 +208,30 @@ def fresh_caches():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def measure(config, device, dtype, impl, compile, rows, length, steps, profile, packed, say):
+def measure(config, device, dtype, impl, compile, rows, length, steps, profile, packed, shared, say):
+    engine, recompute, world, rank = shared
     start = time.perf_counter()
     torch.manual_seed(0)
     model = build(config, device).use(impl)
     token_bytes = torch.ones(config.vocab_size, device=device)
     objective = (Objective if packed else Unpacked)(model, token_bytes, impl)
+    if recompute == "layers":
+        parallel.recompute_layers(model)
     if compile:  # as train.py does
         torch.set_float32_matmul_precision("high")
         for block in model.backbone.layers:
             block.compile(dynamic=False)
+    objective = parallel.divide(objective, engine, device, dtype, world, compile)
     optimizer = make_optimizer(model, 1e-4, 0.1)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     settings = replace(TrainConfig(), accumulate=1)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     model.train()
+    torch.manual_seed(rank)  # every process has tokens of its own
 
     def step():
         batch = make_batch(rows, length, config.vocab_size, packed, device)
-        return train_step(objective, optimizer, scaler, batch, settings, autocast, 1)
+        return train_step(objective, optimizer, scaler, batch, settings, autocast, world)
 
     ready = time.perf_counter() - start
     sums, _ = step()
@@ -224,18 +246,18 @@ def measure(config, device, dtype, impl, compile, rows, length, steps, profile, 
         sums, _ = step()
         marks.mark()
     seconds = marks.seconds()
-    median, tokens = statistics.median(seconds), rows * length
+    median, tokens = statistics.median(seconds), world * rows * length
     flops = 3 * flops_per_token(config, length)
     result = {
         "parameters": count_parameters(config)["total"], "tokens_per_second": tokens / median,
-        "mfu": tokens / median * flops / PEAK_FLOPS, "step_ms": median * 1e3, "slowest_ms": max(seconds) * 1e3,
+        "mfu": tokens / median * flops / PEAK_FLOPS / world, "step_ms": median * 1e3, "slowest_ms": max(seconds) * 1e3,
         "memory_gib": memory_gib(device), "first_step_seconds": first, "loss": loss_of(sums),
     }  # fmt: skip
     say(
         f"speed     {result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.1%} of {PEAK_FLOPS / 1e12:.0f} "
         f"TFLOP/s; median step {result['step_ms']:.1f} ms, slowest {result['slowest_ms']:.1f} ms, of {steps}"
     )
-    say(f"memory    {result['memory_gib']:.1f} GiB at the peak; loss {result['loss']:.3f}")
+    say(f"memory    {result['memory_gib']:.1f} GiB at the peak of a process; loss {result['loss']:.3f}")
     if profile:
         result["kernels"] = profile_steps(step, device)
         say(profile_table(result["kernels"], result["step_ms"]))
