@@ -152,10 +152,15 @@ def train_arm(arm, seed, config, device, dtype, count, say=print):
 
     def scored(name, sums):
         losses = ((sums[:, 0] + sums[:, 1]) / (sums[:, 2] + sums[:, 3])).tolist()
+        end = sums[-max(1, round(LAST * config.steps)) :].sum(0)
         window, last = max(1, config.steps // 100), max(1, round(LAST * config.steps))
-        record = {"arm": name, "seed": seed, "loss": statistics.mean(losses[-last:]),
-                  "losses": [round(statistics.mean(losses[i : i + window]), 5)
-                             for i in range(0, len(losses) - window + 1, window)]}  # fmt: skip
+        record = {
+            "arm": name, "seed": seed, "loss": statistics.mean(losses[-last:]),
+            "task_loss": (end[0] / end[2]).item(), "text_loss": (end[1] / end[3]).item(),
+            "losses": [
+                round(statistics.mean(losses[i : i + window]), 5) for i in range(0, len(losses) - window + 1, window)
+            ],
+        }  # fmt: skip
         with torch.compiler.set_stance("force_eager"):
             model.eval()
             record["bits"] = {
@@ -196,16 +201,24 @@ def prepare(config, say):
 
 def collect(args, plan, out, say):
     """Run the plan, `args.together` processes a GPU; `out` gets every record as soon as it is there."""
-    places, records = Queue(), []
+    places = Queue()
     for gpu in [*range(max(1, torch.cuda.device_count()))] * args.together:
         places.put(gpu)
     command = f"python notebooks/recipe_twins.py --seeds {args.seeds} --steps {args.steps} --rows {args.rows}"
     header = {
         "command": command + (f" --preset {args.preset}" if args.preset != "nano-12m" else ""),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__,
-        "date": date.today().isoformat(), "commit": args.commit, "preset": args.preset, "steps": args.steps,
+        "date": date.today().isoformat(), "preset": args.preset, "steps": args.steps,
         "rows": args.rows, "length": RUNS.get(args.preset, RUNS["nano-12m"])["length"], "count": args.count,
     }  # fmt: skip
+
+    same, records = ("preset", "steps", "rows", "card"), []
+    if out.exists():  # more arms or seeds for an earlier record
+        before = json.loads(out.read_text("utf-8"))
+        if [before.get(k) for k in same] != [header[k] for k in same]:
+            raise ValueError(f"--out {out} holds runs with other {', '.join(same)}: give another file")
+        again = {(arm, seed) for arm, seed in plan}
+        records = [r for r in before["runs"] if (r["arm"].replace(", no fall", ""), r["seed"]) not in again]
 
     def one(job):
         arm, seed = job
@@ -219,7 +232,7 @@ def collect(args, plan, out, say):
         if done.returncode:
             say(f"{arm}, seed {seed} failed: {done.stderr.strip()[-600:]}", flush=True)
             return
-        records.extend(json.loads(part.read_text("utf-8")))
+        records.extend(r | {"commit": args.commit} for r in json.loads(part.read_text("utf-8")))
         temporary = out.with_name(out.name + ".tmp")
         temporary.write_text(
             json.dumps(header | {"runs": sorted(records, key=lambda r: (r["arm"], r["seed"]))}), "utf-8"
@@ -237,6 +250,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = evaluate.refuse
     parser.add_argument("--seeds", type=int, default=3, help="runs of every arm (3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="to add seeds to a record that is there (0)")
     parser.add_argument("--out", default="assets/recipe_twins.json", help="where to write the results")
     parser.add_argument("--preset", default="nano-12m", choices=PRESETS, metavar="NAME", help="the model (nano-12m)")
     parser.add_argument("--steps", type=int, default=640, help="optimizer steps of a run (640)")
@@ -249,9 +263,9 @@ def main(argv=None):
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     try:
         args = parser.parse_args(argv)
-        for name, low in (("seeds", 1), ("steps", 20), ("rows", 1), ("together", 1), ("count", 0)):
+        for name, low in (("seeds", 1), ("steps", 20), ("rows", 1), ("together", 1), ("count", 0), ("first_seed", 0)):
             if getattr(args, name) < low:
-                raise ValueError(f"--{name} must be at least {low}; got {getattr(args, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(args, name)}")
         out = Path(args.out)
         if not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}, make it first")
@@ -272,7 +286,7 @@ def main(argv=None):
                 arms.remove("fp8, real")
         for config in [one] * any(arm != "phases" for arm in arms) + [three] * ("phases" in arms):
             prepare(config, partial(print, flush=True))
-        plan = [(arm, seed) for arm in arms for seed in range(args.seeds)]
+        plan = [(arm, seed) for arm in arms for seed in range(args.first_seed, args.first_seed + args.seeds)]
         done, wanted = collect(args, plan, out, print)
         print(f"wrote {out}: {done} records of {wanted} runs")
     except (ValueError, OSError) as e:
