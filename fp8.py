@@ -168,6 +168,11 @@ class Recipe:
             raise ValueError(
                 f"impl 'real' multiplies blocks only: use scaling 'block', or impl 'emulate' for {self.scaling!r}"
             )
+        if self.impl == "real" and self.gradients != "e4m3":
+            raise ValueError(
+                f"impl 'real' takes gradients in 'e4m3': PyTorch multiplies no {self.gradients} in blocks; use impl "
+                "'emulate' for them"
+            )
 
     def activation(self, x):
         """(x, x^T), Quantised, each from the numbers themselves with tiles along its rows."""

@@ -105,7 +105,7 @@ if __name__ == "__main__":
     TARGET = GPUTarget("cuda", capability, 32)
     JITFunction.run = compile_launch
     ssd.shared_memory = lambda device: shared
-    fp8._native = lambda device: capability >= 89
+    fp8._native = lambda device, square: not square and capability >= 89
     decode._dependent = lambda device: capability >= 90
     layer(128, 80, 8, 128, torch.bfloat16, packed=False)  # the released models' layer
     layer(16, 64, 2, 64, torch.bfloat16, packed=True)
