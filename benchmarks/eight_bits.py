@@ -19,6 +19,7 @@ Contestants take turns, and the product of codes is first compared with the emul
 """
 
 import json
+import math
 import statistics
 from collections import Counter
 from contextlib import nullcontext
@@ -82,8 +83,8 @@ def layer(bench, k, n, tokens, impl):
     made = copies(recipe)
     found, expected = multiply(recipe, made), multiply(ruler, copies(ruler))
     offs = [relative(a, b) for a, b in zip(found, expected)]
-    off = max(offs)
-    if not all(off < 1e-2 for off in offs):  # also what is no number
+    off = max(offs, key=lambda off: (math.isnan(off), off))
+    if not off < 1e-2:  # also what is no number
         raise ValueError(f"the products of codes ({k} -> {n}) are off by {off:.1e} from the emulated ones: not timed")
     del found, expected
     contestants = {

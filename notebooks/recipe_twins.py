@@ -199,26 +199,29 @@ def prepare(config, say):
     (folder_of(config) / "held_out.json").write_text(json.dumps(held_out), "utf-8")
 
 
-def collect(args, plan, out, say):
-    """Run the plan, `args.together` processes a GPU; `out` gets every record as soon as it is there."""
-    places = Queue()
-    for gpu in [*range(max(1, torch.cuda.device_count()))] * args.together:
-        places.put(gpu)
+def start_record(args, plan, out):
+    """The record to fill: what it is about, and of an earlier one in `out` the runs that are not in the plan."""
     command = f"python notebooks/recipe_twins.py --seeds {args.seeds} --steps {args.steps} --rows {args.rows}"
-    header = {
+    record = {
         "command": command + (f" --preset {args.preset}" if args.preset != "nano-12m" else ""),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__,
-        "date": date.today().isoformat(), "preset": args.preset, "steps": args.steps,
-        "rows": args.rows, "length": RUNS.get(args.preset, RUNS["nano-12m"])["length"], "count": args.count,
+        "date": date.today().isoformat(), "preset": args.preset, "steps": args.steps, "rows": args.rows,
+        "length": RUNS.get(args.preset, RUNS["nano-12m"])["length"], "count": args.count, "runs": [],
     }  # fmt: skip
-
-    same, records = ("preset", "steps", "rows", "card"), []
-    if out.exists():  # more arms or seeds for an earlier record
+    same = ("preset", "steps", "rows", "card")
+    if out.exists():  # more arms or seeds
         before = json.loads(out.read_text("utf-8"))
-        if [before.get(k) for k in same] != [header[k] for k in same]:
+        if [before.get(k) for k in same] != [record[k] for k in same]:
             raise ValueError(f"--out {out} holds runs with other {', '.join(same)}: give another file")
-        again = {(arm, seed) for arm, seed in plan}
-        records = [r for r in before["runs"] if (r["arm"].replace(", no fall", ""), r["seed"]) not in again]
+        record["runs"] = [r for r in before["runs"] if (r["arm"].replace(", no fall", ""), r["seed"]) not in set(plan)]
+    return record
+
+
+def collect(args, plan, record, out, say):
+    """Run the plan, `args.together` processes a GPU; `out` gets every run as soon as it is there."""
+    places, order = Queue(), [*ARMS, "bf16, no fall"]
+    for gpu in [*range(max(1, torch.cuda.device_count()))] * args.together:
+        places.put(gpu)
 
     def one(job):
         arm, seed = job
@@ -232,18 +235,99 @@ def collect(args, plan, out, say):
         if done.returncode:
             say(f"{arm}, seed {seed} failed: {done.stderr.strip()[-600:]}", flush=True)
             return
-        records.extend(r | {"commit": args.commit} for r in json.loads(part.read_text("utf-8")))
+        made = json.loads(part.read_text("utf-8"))
+        runs = record["runs"] + [r | {"commit": args.commit} for r in made]
+        record["runs"] = sorted(runs, key=lambda r: (order.index(r["arm"]), r["seed"]))
         temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(
-            json.dumps(header | {"runs": sorted(records, key=lambda r: (r["arm"], r["seed"]))}), "utf-8"
-        )
+        temporary.write_text(json.dumps(record), "utf-8")
         os.replace(temporary, out)
-        newest = records[-1]
-        say(f"{newest['arm']}, seed {seed}: loss {newest['loss']:.4f}, {newest['seconds']:.0f} s", flush=True)
+        say(f"{arm}, seed {seed}: loss {made[0]['loss']:.4f}, {made[-1]['seconds']:.0f} s", flush=True)
 
     with ThreadPoolExecutor(places.qsize()) as pool:
         list(pool.map(one, plan))
-    return len(records), len(plan)
+
+
+def gaps(record, arm, value, base="bf16"):
+    """How far, relatively, value(run) of an arm's runs is from the base arm's with the same seed."""
+    of = {r["seed"]: r for r in record["runs"] if r["arm"] == base}
+    return [value(r) / value(of[r["seed"]]) - 1 for r in record["runs"] if r["arm"] == arm and r["seed"] in of]
+
+
+def exact(run, kind, levels):
+    """Mean share of held-out questions right to the letter, over the families of a kind and some levels."""
+    table = {name: {n: {"exact": of[n]} for n in map(str, levels)} for name, of in run["exact"].items()}
+    return evaluate.by_kind(table)[kind]
+
+
+def tables(record):
+    """The record as text: from the record alone."""
+    runs = {
+        arm: [r for r in record["runs"] if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in record["runs"])
+    }
+    about = (
+        f"`{record['command']}`, {record['date']}, {record['card']}, torch {record['torch']}; {record['preset']}, "
+        f"{record['steps']} steps of {record['rows']} x {record['length']} tokens = "
+        f"{record['steps'] * record['rows'] * record['length'] / 1e6:.1f} M tokens."
+    )
+
+    def told(shares):
+        mean = f"{statistics.mean(shares):+.2%}" if shares else "-"
+        return mean + (f" ± {statistics.stdev(shares):.2%}" if len(shares) > 1 else "")
+
+    lines = [
+        "| arm | seeds | loss, last 10 % | from bf16 | worst seed | held-out prose | held-out code |",
+        "|" + "---|" * 7,
+    ]
+    for arm, of in runs.items():
+        if arm == "phases":  # other data: its training loss is another question
+            loss, cells = "-", ["-", "-"]
+        else:
+            apart = gaps(record, arm, lambda r: r["loss"])
+            loss = f"{statistics.mean(r['loss'] for r in of):.4f}"
+            cells = ["-", "-"] if arm == "bf16" else [told(apart), f"{max(apart, key=abs):+.2%}"]
+        for kind in ("prose", "code"):
+            bits = f"{statistics.mean(r['bits'][kind] for r in of):.3f}"
+            of_kind = gaps(record, arm, lambda r, kind=kind: r["bits"][kind])
+            cells.append(bits if arm == "bf16" else f"{bits} ({told(of_kind)})")
+        lines.append(f"| {arm} | {len(of)} | {loss} | " + " | ".join(cells) + " |")
+    text = [about, "\n".join(lines)]
+
+    lines = ["| arm | seeds | reasoning 1-3 | reasoning 4 | retrieval 1-3 | retrieval 4 |", "|" + "---|" * 6]
+    for arm, of in runs.items():
+        of = [r for r in of if "exact" in r]
+        if of:
+            cells = []
+            for kind, levels in (
+                ("reasoning", (1, 2, 3)),
+                ("reasoning", (4,)),
+                ("retrieval", (1, 2, 3)),
+                ("retrieval", (4,)),
+            ):
+                shares = [exact(r, kind, levels) for r in of]
+                cells.append(f"{statistics.mean(shares):.1%} ({min(shares):.0%} to {max(shares):.0%})")
+            lines.append(f"| {arm} | {len(of)} | " + " | ".join(cells) + " |")
+    if len(lines) > 2:
+        text.append(
+            f"Exact answers, {record['count']} held-out questions a family and level; levels 1 to 3 are trained:"
+        )
+        text.append("\n".join(lines))
+
+    lines = ["| arm | zero, one scale | zero, tiles | tokens lost, one scale | tokens lost, tiles |", "|" + "---|" * 5]
+    for arm, of in runs.items():
+        layers = [layer for r in of for layer in r.get("ranges", [])]
+        if layers:
+            cells = []
+            for what in ("zero", "lost"):
+                for scaling in ("tensor", "block"):
+                    shares = [layer[scaling][what] for layer in layers]
+                    cells.append(f"{statistics.mean(shares):.2%} (at most {max(shares):.2%})")
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    if len(lines) > 2:
+        text.append(
+            "Gradients that enter the FP8 layers at the end of training, mean over layers and seeds (worst layer):"
+        )
+        text.append("\n".join(lines))
+    return "\n\n".join(text)
 
 
 def main(argv=None):
@@ -260,12 +344,19 @@ def main(argv=None):
     parser.add_argument("--together", type=int, default=4, help="processes that share a GPU, or the CPU (4)")
     parser.add_argument("--work", default="out/recipe_twins", help="folder for data and parts")
     parser.add_argument("--commit", default="unknown", help="what to call the code's state in the record")
+    parser.add_argument("--source", metavar="FILE", help="run nothing: print the tables of this earlier record")
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     try:
         args = parser.parse_args(argv)
         for name, low in (("seeds", 1), ("steps", 20), ("rows", 1), ("together", 1), ("count", 0), ("first_seed", 0)):
             if getattr(args, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(args, name)}")
+        if args.source:
+            try:
+                print(tables(json.loads(Path(args.source).read_text("utf-8"))))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"--source {args.source} cannot be used: {type(e).__name__} {e}") from None
+            return 0
         out = Path(args.out)
         if not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}, make it first")
@@ -284,11 +375,13 @@ def main(argv=None):
             except ValueError as why:
                 print(f"without the arm 'fp8, real': {why}")
                 arms.remove("fp8, real")
+        plan = [(arm, seed) for arm in arms for seed in range(args.first_seed, args.first_seed + args.seeds)]
+        record = start_record(args, plan, out)
         for config in [one] * any(arm != "phases" for arm in arms) + [three] * ("phases" in arms):
             prepare(config, partial(print, flush=True))
-        plan = [(arm, seed) for arm in arms for seed in range(args.first_seed, args.first_seed + args.seeds)]
-        done, wanted = collect(args, plan, out, print)
-        print(f"wrote {out}: {done} records of {wanted} runs")
+        collect(args, plan, record, out, print)
+        print(f"wrote {out}: {len(record['runs'])} runs\n")
+        print(tables(record))
     except (ValueError, OSError) as e:
         print(f"recipe_twins.py: {e}", file=sys.stderr)
         return 2

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import bench
-from benchmarks import floors, measure, sections, tables, timing, training
+from benchmarks import eight_bits, floors, measure, sections, tables, timing, training
 from benchmarks.floors import Scan
 from benchmarks.timing import Bench
 from device import choose_impl
-from model import ModelConfig
+from fp8 import Recipe
+from model import PRESETS, ModelConfig
 from sizes import count_parameters, flops_per_token
 
 START, END = "<!-- bench kernels -->", "<!-- /bench kernels -->"
@@ -330,3 +331,43 @@ def test_the_head_start_is_that_of_the_slowest_to_launch():
     found = bench.race({"quick": quick, "broken": broken, "slow": slow})
     assert set(given) == {(1, 5), (2, 5)} and set(found["ms"]) == {"quick", "slow"}
     assert "no kernel" in found["failed"]["broken"]
+
+
+def test_fp8_tables_are_those_of_the_record(capsys, tmp_path, monkeypatch):
+    """The committed record gives the committed tables; a toy run gives a record of the same form."""
+    results = (measure.ROOT / "RESULTS.md").read_text("utf-8")
+    assert bench.main(["fp8", "--source", str(measure.ROOT / "assets" / "fp8.json")]) == 0
+    assert capsys.readouterr().out.strip() in results
+    assert bench.main(["fp8", "--tiny", "--out", str(tmp_path / "r.json"), "--commit", "abc"]) == 0
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert "commit abc" in printed and eight_bits.tables(record) in printed
+    assert all(row["ms"].keys() == {"bf16", "trained", "fp8", "products", "quantising"} for row in record["layers"])
+    plain, eight = (row["losses"] for row in record["steps"])
+    assert plain != eight and plain == pytest.approx(eight, rel=0.01)
+    for source in ("nowhere.json", str(tmp_path / "bad.json")):
+        (tmp_path / "bad.json").write_text('{"layers": []}')
+        assert bench.main(["fp8", "--source", source]) == 2
+        assert f"--source {source}" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["fp8"]) == 2
+    assert "fp8 is measured on a Hopper GPU" in capsys.readouterr().err
+
+
+def test_fp8_shapes_are_those_of_the_12b():
+    """By the formula: 8 of 136 matmuls stay, at either end in_proj, out_proj and an MLP's two."""
+    found = eight_bits.shapes(PRESETS["nano-12b"])
+    assert sum(count for _, count in found.values()) == 2 * 28 + 2 * 28 + 4 * 6 - 8
+    assert found[5120, 22656] == ("in_proj", 26) and found[20480, 5120] == ("down_proj", 26)
+    assert found[5120, 1024] == ("k_proj, v_proj", 12)
+
+
+def test_products_that_are_no_numbers_are_not_timed(monkeypatch):
+    real, calls = Recipe.product, []
+
+    def broken(self, a, b, dtype):
+        calls.append(0)
+        return real(self, a, b, dtype) * (float("nan") if len(calls) == 2 else 1)  # dX only
+
+    monkeypatch.setattr(Recipe, "product", broken)
+    with pytest.raises(ValueError, match="off by nan from the emulated ones: not timed"):
+        eight_bits.layer(timing.Bench("cpu", torch.bfloat16, 1), 64, 32, 16, "emulate")
