@@ -152,7 +152,7 @@ class Recipe:
 
     scaling: "block", or to compare, one scale a "row" or a "tensor". power_of_two False: scales of any float32.
     gradients: "e4m3", or "e5m2", two bits of mantissa and five of exponent (TE's "hybrid"). impl: "emulate", on any
-    device, or "real", by the tensor cores of Hopper, for blocks only.
+    device, or "real", by the tensor cores of Hopper, for blocks and gradients in e4m3 only.
     """
 
     scaling: str = "block"

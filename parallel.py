@@ -20,10 +20,12 @@ bfloat16 before multiplying, so a matrix is rounded *before* it travels, which i
 and the SSM's A_log, D and dt_bias are used in float32 and travel so, and so do embedding and head. Gradients are summed
 in float32. Each layer is therefore two groups of tensors, its matrices and its rest.
 
-A matrix that trains in eight bits (fp8.py) travels in float32: rounded to bfloat16 first, it would be rounded twice. A
-byte a number would do, and be a quarter of the traffic; but a scale belongs to 128 rows, and pieces do not end where
-blocks do (22,656 rows of the 12B's in_proj are 88.5 blocks for each of two processes), so the processes would have to
-agree on scales first. PyTorch has the place for such code (a tensor that says how it is gathered), and not the code.
+A matrix that trains in eight bits (fp8.py) travels in float32, twice the traffic of bfloat16, because rounded to that
+first it would be rounded twice; and its codes stay, a byte a weight on every process, until the backward has used them
+(or the layer is computed again). A byte a number would do for the way, too. But a scale belongs to 128 rows, and pieces
+do not end where blocks do (22,656 rows of the 12B's in_proj are 88.5 blocks for each of two processes), so the
+processes would have to agree on scales first. PyTorch has the place for such code (a tensor that says how it is
+gathered), and not the code.
 
 The order matters: recompute, then compile, then divide. A layer that is computed again must be one that is already put
 together, and the compiled code must not contain the putting together. So a compiled layer is one group, and travels in
@@ -202,12 +204,13 @@ def kept_bytes(config, letter, length, wide, impl="triton"):
     return around + inside * (1 if impl == "triton" else 2)
 
 
-def training_bytes(config, tokens, length, wide=4, world=1, engine="ddp", recompute="off", impl="triton"):
+def training_bytes(config, tokens, length, wide=4, world=1, engine="ddp", recompute="off", impl="triton", fp8=False):
     """Bytes that each of `world` processes needs for a step in which it reads `tokens` tokens at a time, in rows of
-    `length`: {"weights", "gradients", "adam", "gathered", "activations", "loss", "total"}.
+    `length`: {"weights", "gradients", "adam", "gathered", "activations", "loss", "total"}. Rather more than less.
 
     gathered: what exists besides the float32 tensors to compute with. For ddp the 16-bit copies of all matrices; for
-    fsdp, in float32, embedding, head and two layers, one at work and one being fetched, with one's gradient.
+    fsdp, in float32, embedding, head and two layers, one at work and one being fetched, with one's gradient. With fp8
+    the backward of a layer keeps its weights' codes, a byte a weight, whole on every process.
     """
     c, pattern, counts = config, config.hybrid_override_pattern, count_parameters(config)
     share = world if engine == "fsdp" else 1
@@ -219,12 +222,13 @@ def training_bytes(config, tokens, length, wide=4, world=1, engine="ddp", recomp
     kept = [kept_bytes(c, letter, length, wide, impl) for letter in pattern]
     a_token = sum(kept) if recompute == "off" else 4 * c.hidden_size * len(pattern) + max(kept)
     logits = 4 * c.vocab_size * tokens
+    codes = fp8 * (layer if recompute == "layers" else counts["mamba"] + counts["attention"] + counts["mlp"])
     parts = {
         "weights": 4 * counts["total"] / share,
         "gradients": 4 * counts["total"] / share,
         "adam": 8 * counts["total"] / share,
         "gathered": gathered,
-        "activations": a_token * tokens,
+        "activations": a_token * tokens + codes,
         "loss": 3 * logits if logits <= SLICE else 3 * SLICE + 4 * counts["head"],  # see loss.py
     }
     parts = {name: int(size) for name, size in parts.items()}

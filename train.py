@@ -256,7 +256,7 @@ class Run:
         self.tokens = config.batch_rows * config.length
         memory = parallel.training_bytes(
             self.model_config, self.tokens // self.world // config.accumulate, config.length, dtype.itemsize,
-            self.world, config.parallel, config.recompute, impl,
+            self.world, config.parallel, config.recompute, impl, self.fp8 != "off",
         )  # fmt: skip
         parallel.check_room(memory, self.device, self.world, config.preset)
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""

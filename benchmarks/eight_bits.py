@@ -132,7 +132,8 @@ def steps(config, rows, length, impls, first, device, repeats, compiled, say):
     found = []
     for name in runs:
         ms = statistics.median(times[name]) * 1e3
-        found.append({"fp8": name, "compiled": compiled, "rows": rows, "length": length, "ms": ms,
+        spread = (max(times[name]) - min(times[name])) * 1e3 / ms
+        found.append({"fp8": name, "compiled": compiled, "rows": rows, "length": length, "ms": ms, "spread": spread,
                       "losses": losses[name], "parameters": count_parameters(config)["total"]})  # fmt: skip
         how, speed = "compiled" if compiled else "eager", tokens / ms * 1e3
         say(f"step      {name:8} {how:8} {ms:8.1f} ms  {speed:,.0f} tokens/s")
@@ -214,8 +215,10 @@ def command(write=False, out="out/bench_fp8.json", source=None, commit=None, tin
     if write:
         rewrite(results.read_text("utf-8"), "", "fp8")  # first: nobody wants to hear it after minutes of measuring
     if source is None:
-        record = measured(tiny, commit, say)
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder: give a file for the record")
         out.parent.mkdir(parents=True, exist_ok=True)
+        record = measured(tiny, commit, say)
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     else:
         try:
@@ -228,7 +231,7 @@ def command(write=False, out="out/bench_fp8.json", source=None, commit=None, tin
             f"{record['torch']}."
         )
         text = about + "\n\n" + tables(record)
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, IndexError, StopIteration) as e:
         raise ValueError(f"--source {source} is no record of bench.py fp8: {type(e).__name__} {e}") from None
     say("\n" + text)
     if write:

@@ -4,15 +4,16 @@
 A program holds a tile of the matrix, and everything that the rule needs is in that tile: the largest magnitude, the
 multiplier, the codes. It is read once and written once, a byte a number. The same bits as `fp8.quantise`, on any card.
 
-- Tiles are 1 x 128, or 128 x 128 for a weight. The kernel takes strides, so the copy whose tiles lie along the other
-  axis is made from `x.t()`, a view: read as it lies in memory, written transposed.
-- A product wants both operands with the summed dimension last. A square block is the same block when it is turned, so
-  `both` writes the codes of a weight twice, as W and as W^T: rounded once, read once.
-- Rounding is integer arithmetic. The bits of a float32 are a number that grows with it: adding half of what will be cut
+- Tiles are 1 x 128, or 128 x 128 for a weight. A product wants both operands with the summed dimension last, so each
+  matrix is needed both ways, and `both` makes the two copies of one reading: a square block is the same block when it
+  is turned, so a weight is rounded once and written twice; rows are cut anew, with scales along the other axis.
+- Powers of two need no division. With amax = f * 2^e, 448 / amax is 1.75 / f * 2^(8-e): rounded down, 2^(8-e), or half
+  of it where f is above 1.75; all of it sums of exponents. Other scales divide (`div_rn`, the nearest float32).
+- The card converts to eight bits in one instruction. Where there is none, and for weights (`_native` says why),
+  rounding is integer arithmetic. The bits of a float32 are a number that grows with it: adding half of what will be cut
   off, less one when the last digit that stays is even, rounds to the nearest, ties to even, and carries into the
   exponent by itself. Below the smallest normal code, steps are all equal: adding 2^23 of them to the magnitude leaves
   float32 no digits for anything finer, and the sum's last digits are the code.
-- The quotient 448 / amax must be the nearest float32 (`div_rn`): one digit off, and a power of two may be halved.
 
 The product is cuBLAS's, through `torch.nn.functional.scaled_mm`. It wants A by rows and B by columns, which is both
 with the summed dimension last, and scales in an order of its own: of 1 x 128 tiles those of neighbouring rows are
@@ -119,7 +120,7 @@ def _native(device, square):
 
 
 def _empty(rows, columns, tile, device):
-    """Room for the codes and scales of a matrix: rows up to a multiple of `align`, columns in whole tiles."""
+    """Room for the codes and scales of a matrix: rows up to a multiple of 16 (128 in square blocks), whole tiles."""
     align = BLOCK if tile == SQUARE else ALIGNED
     filled, across = rows + -rows % align, -(-columns // BLOCK)
     codes = torch.empty(filled, across * BLOCK, dtype=torch.uint8, device=device)

@@ -19,7 +19,7 @@ control of the decay. All is scored on held-out text and held-out questions.
 
 At its end every fp8 run also tells how far its gradients reach (`ranges`): of the gradient that enters a layer's
 backward, the share of numbers that eight bits make zero, and of tokens that lose all of theirs, with one scale and
-with tiles, on one more batch.
+with tiles along n, as dgrad takes them, on a batch that is read again.
 
 Each run is a process of its own; several share a GPU, because small kernels leave most of it idle.
 """
@@ -27,6 +27,7 @@ Each run is a process of its own; several share a GPU, because small kernels lea
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -199,52 +201,71 @@ def prepare(config, say):
     (folder_of(config) / "held_out.json").write_text(json.dumps(held_out), "utf-8")
 
 
-def start_record(args, plan, out):
+def start_record(args, plan, out, command, dtype):
     """The record to fill: what it is about, and of an earlier one in `out` the runs that are not in the plan."""
-    command = f"python notebooks/recipe_twins.py --seeds {args.seeds} --steps {args.steps} --rows {args.rows}"
     record = {
-        "command": command + (f" --preset {args.preset}" if args.preset != "nano-12m" else ""),
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__,
-        "date": date.today().isoformat(), "preset": args.preset, "steps": args.steps, "rows": args.rows,
-        "length": RUNS.get(args.preset, RUNS["nano-12m"])["length"], "count": args.count, "runs": [],
+        "commands": [command], "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__, "dtype": str(dtype)[6:], "date": date.today().isoformat(), "preset": args.preset,
+        "steps": args.steps, "rows": args.rows, "length": RUNS.get(args.preset, RUNS["nano-12m"])["length"], "runs": [],
     }  # fmt: skip
-    same = ("preset", "steps", "rows", "card")
+    same = ("preset", "steps", "rows", "length", "card", "dtype")
     if out.exists():  # more arms or seeds
-        before = json.loads(out.read_text("utf-8"))
+        before = read_record(out)
         if [before.get(k) for k in same] != [record[k] for k in same]:
             raise ValueError(f"--out {out} holds runs with other {', '.join(same)}: give another file")
+        record["commands"] = before["commands"] + record["commands"]
         record["runs"] = [r for r in before["runs"] if (r["arm"].replace(", no fall", ""), r["seed"]) not in set(plan)]
     return record
 
 
+def read_record(path):
+    """The record in that file; ValueError if it holds none."""
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        assert isinstance(record["commands"], list) and all({"arm", "seed"} <= run.keys() for run in record["runs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+        raise ValueError(f"{path} is no record of recipe_twins.py: {type(e).__name__} {e}") from None
+    return record
+
+
+def places_of(together):
+    """Which card each process sits on: `together` times every card that may be used, "" for the CPU."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    cards = allowed[:count] if len(allowed) >= count > 0 and allowed[0] else [str(i) for i in range(count)]
+    return (cards or [""]) * together
+
+
 def collect(args, plan, record, out, say):
-    """Run the plan, `args.together` processes a GPU; `out` gets every run as soon as it is there."""
-    places, order = Queue(), [*ARMS, "bf16, no fall"]
-    for gpu in [*range(max(1, torch.cuda.device_count()))] * args.together:
-        places.put(gpu)
+    """Run the plan, a process on every place; `out` gets every run as soon as it is there. Returns how many failed."""
+    places, order, failed, lock = Queue(), [*ARMS, "bf16, no fall"], [], Lock()
+    for place in places_of(args.together):
+        places.put(place)
 
     def one(job):
         arm, seed = job
-        gpu, part = places.get(), Path(args.work) / f"{arm} {seed}.json"
+        place, part = places.get(), Path(args.work) / f"{arm} {seed}.json"
         words = [sys.executable, __file__, "--one", arm, str(seed), "--out", str(part), "--preset", args.preset]
         words += ["--steps", str(args.steps), "--rows", str(args.rows), "--work", args.work, "--count", str(args.count)]
-        done = subprocess.run(
-            words, env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}, stderr=subprocess.PIPE, text=True
-        )
-        places.put(gpu)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place else {})
+        done = subprocess.run(words, env=environment, stderr=subprocess.PIPE, text=True)
+        places.put(place)
         if done.returncode:
+            failed.append(job)
             say(f"{arm}, seed {seed} failed: {done.stderr.strip()[-600:]}", flush=True)
             return
         made = json.loads(part.read_text("utf-8"))
-        runs = record["runs"] + [r | {"commit": args.commit} for r in made]
-        record["runs"] = sorted(runs, key=lambda r: (order.index(r["arm"]), r["seed"]))
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(json.dumps(record), "utf-8")
-        os.replace(temporary, out)
+        with lock:  # one process after the other
+            runs = record["runs"] + [r | {"commit": args.commit} for r in made]
+            record["runs"] = sorted(runs, key=lambda r: (order.index(r["arm"]), r["seed"]))
+            temporary = out.with_name(out.name + ".tmp")
+            temporary.write_text(json.dumps(record), "utf-8")
+            os.replace(temporary, out)
         say(f"{arm}, seed {seed}: loss {made[0]['loss']:.4f}, {made[-1]['seconds']:.0f} s", flush=True)
 
     with ThreadPoolExecutor(places.qsize()) as pool:
         list(pool.map(one, plan))
+    return len(failed)
 
 
 def gaps(record, arm, value, base="bf16"):
@@ -265,7 +286,8 @@ def tables(record):
         arm: [r for r in record["runs"] if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in record["runs"])
     }
     about = (
-        f"`{record['command']}`, {record['date']}, {record['card']}, torch {record['torch']}; {record['preset']}, "
+        f"`{'`, `'.join(record['commands'])}`, {record['date']}, {record['card']}, torch {record['torch']}, "
+        f"{record['dtype']} beside FP8; {record['preset']}, "
         f"{record['steps']} steps of {record['rows']} x {record['length']} tokens = "
         f"{record['steps'] * record['rows'] * record['length'] / 1e6:.1f} M tokens."
     )
@@ -284,7 +306,7 @@ def tables(record):
         else:
             apart = gaps(record, arm, lambda r: r["loss"])
             loss = f"{statistics.mean(r['loss'] for r in of):.4f}"
-            cells = ["-", "-"] if arm == "bf16" else [told(apart), f"{max(apart, key=abs):+.2%}"]
+            cells = ["-", "-"] if arm == "bf16" or not apart else [told(apart), f"{max(apart, key=abs):+.2%}"]
         for kind in ("prose", "code"):
             bits = f"{statistics.mean(r['bits'][kind] for r in of):.3f}"
             of_kind = gaps(record, arm, lambda r, kind=kind: r["bits"][kind])
@@ -307,9 +329,7 @@ def tables(record):
                 cells.append(f"{statistics.mean(shares):.1%} ({min(shares):.0%} to {max(shares):.0%})")
             lines.append(f"| {arm} | {len(of)} | " + " | ".join(cells) + " |")
     if len(lines) > 2:
-        text.append(
-            f"Exact answers, {record['count']} held-out questions a family and level; levels 1 to 3 are trained:"
-        )
+        text.append("Exact answers to held-out questions; levels 1 to 3 are trained (lowest and highest seed):")
         text.append("\n".join(lines))
 
     lines = ["| arm | zero, one scale | zero, tiles | tokens lost, one scale | tokens lost, tiles |", "|" + "---|" * 5]
@@ -324,7 +344,8 @@ def tables(record):
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     if len(lines) > 2:
         text.append(
-            "Gradients that enter the FP8 layers at the end of training, mean over layers and seeds (worst layer):"
+            "Gradients that enter the FP8 layers at the end of training, as dgrad takes them, mean over layers and "
+            "seeds (worst layer):"
         )
         text.append("\n".join(lines))
     return "\n\n".join(text)
@@ -353,8 +374,8 @@ def main(argv=None):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(args, name)}")
         if args.source:
             try:
-                print(tables(json.loads(Path(args.source).read_text("utf-8"))))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                print(tables(read_record(args.source)))
+            except (KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"--source {args.source} cannot be used: {type(e).__name__} {e}") from None
             return 0
         out = Path(args.out)
@@ -362,6 +383,8 @@ def main(argv=None):
             raise ValueError(f"--out {out}: there is no folder {out.parent}, make it first")
         device, _ = choose_device("auto")
         dtype, _ = choose_dtype("auto", device)
+        if dtype == torch.float16:
+            raise ValueError("this card has no bfloat16, which the twins compare eight bits with: use a newer one")
         one, three = (settings(args.preset, args.steps, args.rows, args.work, phases) for phases in ("", PHASES))
         if args.one:
             arm, seed = args.one[0], int(args.one[1])
@@ -376,12 +399,16 @@ def main(argv=None):
                 print(f"without the arm 'fp8, real': {why}")
                 arms.remove("fp8, real")
         plan = [(arm, seed) for arm in arms for seed in range(args.first_seed, args.first_seed + args.seeds)]
-        record = start_record(args, plan, out)
+        words = sys.argv[1:] if argv is None else argv
+        record = start_record(args, plan, out, shlex.join(["python", "notebooks/recipe_twins.py", *words]), dtype)
         for config in [one] * any(arm != "phases" for arm in arms) + [three] * ("phases" in arms):
             prepare(config, partial(print, flush=True))
-        collect(args, plan, record, out, print)
-        print(f"wrote {out}: {len(record['runs'])} runs\n")
-        print(tables(record))
+        failed = collect(args, plan, record, out, print)
+        if record["runs"]:
+            print(f"{out} has {len(record['runs'])} runs\n\n{tables(record)}")
+        if failed:
+            print(f"recipe_twins.py: {failed} of {len(plan)} runs failed, see above", file=sys.stderr)
+            return 1
     except (ValueError, OSError) as e:
         print(f"recipe_twins.py: {e}", file=sys.stderr)
         return 2

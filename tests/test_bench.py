@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -344,10 +346,13 @@ def test_fp8_tables_are_those_of_the_record(capsys, tmp_path, monkeypatch):
     assert all(row["ms"].keys() == {"bf16", "trained", "fp8", "products", "quantising"} for row in record["layers"])
     plain, eight = (row["losses"] for row in record["steps"])
     assert plain != eight and plain == pytest.approx(eight, rel=0.01)
-    for source in ("nowhere.json", str(tmp_path / "bad.json")):
-        (tmp_path / "bad.json").write_text('{"layers": []}')
+    (tmp_path / "bad.json").write_text('{"layers": []}')
+    (tmp_path / "half.json").write_text(json.dumps(record | {"steps": record["steps"][1:]}))  # nothing to compare with
+    for source in ("nowhere.json", str(tmp_path / "bad.json"), str(tmp_path / "half.json")):
         assert bench.main(["fp8", "--source", source]) == 2
         assert f"--source {source}" in capsys.readouterr().err
+    assert bench.main(["fp8", "--tiny", "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["fp8"]) == 2
     assert "fp8 is measured on a Hopper GPU" in capsys.readouterr().err
@@ -371,3 +376,69 @@ def test_products_that_are_no_numbers_are_not_timed(monkeypatch):
     monkeypatch.setattr(Recipe, "product", broken)
     with pytest.raises(ValueError, match="off by nan from the emulated ones: not timed"):
         eight_bits.layer(timing.Bench("cpu", torch.bfloat16, 1), 64, 32, 16, "emulate")
+
+
+def test_every_contestant_does_its_own_work(monkeypatch):
+    """fp8: three matrices made codes both ways, and three products; the master weight is rounded from float32."""
+    made, done, calls = [], [], {}
+    both, product, real = Recipe._both, Recipe.product, timing.Bench.race
+    monkeypatch.setattr(Recipe, "_both", lambda self, x, *given: (made.append(x), both(self, x, *given))[1])
+    monkeypatch.setattr(Recipe, "product", lambda self, *given: (done.append(given), product(self, *given))[1])
+
+    def race(self, contestants):
+        for name, run in contestants.items():
+            made.clear(), done.clear()
+            found = run()
+            calls[name] = len(made), len(done), [x.dtype for x in made]
+            if name == "trained":
+                calls["dtypes"] = [t.dtype for t in found]
+        return real(self, contestants)
+
+    monkeypatch.setattr(timing.Bench, "race", race)
+    row = eight_bits.layer(timing.Bench("cpu", torch.bfloat16, 1), 64, 32, 16, "emulate")
+    assert row["off"] == 0 and row["in"] == 64 and row["out"] == 32
+    assert calls["fp8"] == (3, 3, [torch.bfloat16, torch.float32, torch.bfloat16])
+    assert [calls[name][:2] for name in ("bf16", "trained", "products", "quantising")] == [
+        (0, 0),
+        (0, 0),
+        (0, 3),
+        (3, 0),
+    ]
+    assert calls["dtypes"] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_the_first_matmul_of_the_stack_stays(monkeypatch):
+    converted = []
+    real = eight_bits.fp8.convert_
+    monkeypatch.setattr(
+        eight_bits.fp8, "convert_", lambda stack, *a, **k: (real(stack, *a, **k), converted.append(stack))
+    )
+    eight_bits.steps(eight_bits.TINY_STACK, 1, 64, ("emulate",), 1, torch.device("cpu"), 1, False, lambda text: None)
+    linears = [m for m in converted[0].modules() if isinstance(m, torch.nn.Linear)]
+    assert [type(m) is torch.nn.Linear for m in linears] == [True] + [False] * (len(linears) - 1)
+
+
+def test_training_on_two_processes(tmp_path):
+    """Figures are of both together: twice the tokens, and each has its share of the peak."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "import parallel\n"
+        "from benchmarks import training\n"
+        "again, calls = parallel.recompute_layers, []\n"
+        "parallel.recompute_layers = lambda model: (calls.append(0), again(model))\n"
+        "found = training.run(rows=2, length=64, steps=2, tiny=True, engine='fsdp', recompute='layers')\n"
+        "found['calls'] = len(calls)\n"
+        "json.dump(found, open(sys.argv[1] + os.environ['RANK'], 'w'))\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(measure.ROOT))
+    done = subprocess.run([*run, str(tmp_path / "found")], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fsdp: each of 2 holds one part in 2") == 1
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"found{rank}").read_text())
+        assert found["calls"] == 1 and math.isfinite(found["loss"])
+        assert found["tokens_per_second"] == pytest.approx(2 * 2 * 64 / found["step_ms"] * 1e3)
+        flops = 3 * flops_per_token(ModelConfig(**training.TINY), 64)
+        assert found["mfu"] == pytest.approx(found["tokens_per_second"] * flops / training.PEAK_FLOPS / 2)

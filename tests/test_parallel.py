@@ -292,6 +292,8 @@ def test_the_memory_formula():
     inputs = 62 * 5120 * 4 * tokens
     assert inputs < again < full / 5 and full == parts["ddp", "off"]["activations"]
     assert parts["fsdp", "layers"]["total"] < 139 * 2**30 < parts["ddp", "layers"]["total"]
+    eight = [training_bytes(config, tokens, 8192, 2, 2, "fsdp", r, fp8=True)["activations"] for r in ("off", "layers")]
+    assert eight[0] - full > 10e9 > 1e9 > eight[1] - again > 0  # codes of all matrices; of one layer
     one = training_bytes(PRESETS["nano-1m"], 512, 256)
     assert (
         one["gathered"] == 0 and training_bytes(PRESETS["nano-1m"], 1024, 256)["activations"] == 2 * one["activations"]
