@@ -164,8 +164,8 @@ def _some(count):
 def _finite(score):
     if not score.isfinite().all():
         raise ValueError(
-            f"{int((~score.isfinite()).sum())} of {score.numel()} scores are not finite, because activations are not: the "
-            "checkpoint is damaged, its training diverged, or it needs a wider dtype"
+            f"{int((~score.isfinite()).sum())} of {score.numel()} scores are not finite, because activations are not: "
+            "the checkpoint is damaged, its training diverged, or it needs a wider dtype"
         )
     return score
 
