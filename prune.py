@@ -304,6 +304,8 @@ def check(args):
     for name, least in low.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(args, name)}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below {2**63}; got {args.seed}")
     if args.target is not None and args.target not in PRESETS:
         raise ValueError(f"--target {args.target!r} is unknown: choose one of {', '.join(PRESETS)}")
     if args.dry_run:
