@@ -254,8 +254,10 @@ def compare_patterns(config, found, preset):
     if found.hybrid_override_pattern == pattern:
         return f"pattern: {preset}'s own"
     reachable = all(letter in letters for letter in pattern)
-    return f"pattern: as many layers of each kind as {preset}, not its order {pattern}: the measurement decides " + (
-        "(another choice would give it)" if reachable else "(which no removal from this model gives)"
+    why = "another choice would give it" if reachable else "no removal from this model gives that"
+    return (
+        f"pattern: as many layers of each kind as {preset}, in another order than its {pattern}, because the measurement "
+        f"decides which go ({why})"
     )
 
 
