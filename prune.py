@@ -3,7 +3,7 @@
     python prune.py --checkpoint out12 --target nano-9m --out pruned
 
 The 12B became the 9B this way: 62 layers to 56, hidden 5120 to 4480, MLP 20480 to 15680. Nothing is trained here. The
-cut model has forgotten much; it is the start from which distillation recovers more than from random weights.
+cut model has forgotten much; it is where distillation starts.
 
 What is cut, and which tensors that touches (importance.py says how each is scored):
 
@@ -256,8 +256,8 @@ def compare_patterns(config, found, preset):
     reachable = all(letter in letters for letter in pattern)
     why = "another choice would give it" if reachable else "no removal from this model gives that"
     return (
-        f"pattern: as many layers of each kind as {preset}, in another order than its {pattern}, because the measurement "
-        f"decides which go ({why})"
+        f"pattern: as many layers of each kind as {preset}, in another order than its {pattern}, because the "
+        f"measurement decides which go ({why})"
     )
 
 
