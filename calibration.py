@@ -8,6 +8,8 @@ gets random ids, on which speed and memory are what they would be.
 This file must not know what is measured.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -48,11 +50,13 @@ def batches(rows, at_once):
 
 @torch.no_grad()
 def loss(model, rows, at_once):
-    """Nats a token of what is learned in `rows`: responses of tasks, and text."""
+    """Nats a token of what is learned in `rows`: responses of tasks, and text. ValueError if that is no number."""
     device, weight, total = model.lm_head.weight.device, model.lm_head.weight, 0.0
     learned = rows[2][:, 1:] != data.NOT_LEARNED
     for (ids, doc), counts in zip(batches(rows, at_once), learned.split(at_once)):
         ids, doc, counts = (t.to(device) for t in (ids, doc, counts))
         x = model.features(ids, seq_idx=doc)[:, :-1]
         total += next_token_loss(x, weight, ids[:, 1:], counts)[0].double().item()
+    if not math.isfinite(total):
+        raise ValueError(f"the loss of {len(learned)} rows is {total}: the model diverged, or needs a wider dtype")
     return total / learned.sum().item()

@@ -28,6 +28,7 @@ with "pruned" models whose Mamba layers had their old size. This file must not k
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -224,7 +225,8 @@ def describe_plan(config, plan, depth, scores):
         part = score[kept].sum() / score.sum()
         return f", {name} {len(score)} -> {len(kept)} ({part:.1%} of the score)" if len(kept) < len(score) else ""
 
-    gone = {i: f"removed, number {n} (score {score:.3g} then)" for n, (i, score) in enumerate(depth.removed, 1)}
+    then = lambda score: f" (score {score:.3g} then)" if math.isfinite(score) else ""  # what random removal has not
+    gone = {i: f"removed, number {n}{then(score)}" for n, (i, score) in enumerate(depth.removed, 1)}
     lines = [f"{'layer':>5}  {'kind':<9} {'score':>9}  what happens"]
     for i, letter in enumerate(config.hybrid_override_pattern):
         what = "stays"
@@ -235,7 +237,7 @@ def describe_plan(config, plan, depth, scores):
             what += share("heads", scores.mamba[i][:, plan.channels[i]].norm(dim=1), plan.heads[i])
         score = f"{depth.scores[i]:9.3g}" if i in depth.scores else f"{'-':>9}"
         lines.append(f"{i:>5}  {LETTERS[letter]:<9} {score}  {gone.get(i, what)}")
-    if scores:
+    if len(plan.hidden) < config.hidden_size:
         lines.append(f"{'':>5}  the stream{share('embedding channels', scores.hidden, plan.hidden)}")
     both = config, plan.config
     rows = [("pattern", *(c.hybrid_override_pattern for c in both)), ("layers", *(c.num_hidden_layers for c in both))]
@@ -273,7 +275,7 @@ def parse(argv=None):
     flag("--checkpoint", default="out", help="the folder of the model to cut (out)")
     flag("--out", help="the folder for the smaller model")
     flag("--target", help=f"cut to the sizes of a preset: {', '.join(PRESETS)}; its vocabulary is ignored")
-    flag("--hidden", type=int, help="embedding channels to keep; this and the next four go before --target")
+    flag("--hidden", type=int, help="embedding channels to keep; this and the next four overrule --target")
     flag("--ffn", type=int, help="neurons to keep in each MLP")
     flag("--heads", type=int, help="heads to keep in each Mamba layer, a multiple of the groups")
     flag("--head-dim", type=int, help="channels to keep in each Mamba head")

@@ -537,6 +537,8 @@ def test_the_script_cuts_what_it_says(here, capsys):
     assert calibration.loss(again, fresh, 5) == pytest.approx(record["loss"][1], rel=1e-4)
     # an earlier result may be written over
     assert prune.main(f"--checkpoint m --layers-removed 2 --rank random --out new {SMALL}".split()) == 0
+    printed = capsys.readouterr().out
+    assert "removed, number 2\n" in printed and "nan" not in printed and "embedding channels" not in printed
     assert load_pretrained("new")[0].config.num_hidden_layers == 9
     assert [score for _, score in json.loads(Path("new/prune.json").read_text())["removed"]] == [None, None]
 
@@ -579,6 +581,7 @@ def test_a_folder_without_a_tokenizer(here, capsys):
         ("--hidden 40 --impl magic", "auto, torch, triton"),
         ("--hidden 40 --checkpoint nowhere", "nowhere does not exist"),
         ("--hidden 40 --checkpoint broken", "not finite"),
+        ("--layers-removed 1 --rank random --seed 4 --checkpoint broken", "the loss of 5 rows is nan"),
         ("--hidden 40 --out m", "is the checkpoint itself"),
         ("--hidden 40 --out ./m/../m", "is the checkpoint itself"),
         ("--hidden 40 --out run", "holds a training run"),
@@ -599,6 +602,19 @@ def test_bad_input_is_one_sentence(here, capsys, flags, says):
 def test_it_needs_a_place_to_write_to(here, capsys):
     assert prune.main("--checkpoint m --hidden 40".split()) == 2
     assert "give --out, or --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [(KeyboardInterrupt, 130, ""), (torch.OutOfMemoryError, 2, "lower --batch or --length")],
+)
+def test_what_comes_in_between(here, capsys, monkeypatch, error, code, says):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(prune, "cut", stop)
+    assert prune.main("--checkpoint bare --hidden 60 --out new --samples 2 --length 64".split()) == code
+    assert says in capsys.readouterr().err and not Path("new").exists()
 
 
 def test_a_disk_that_fills_leaves_nothing(here, capsys):
