@@ -20,7 +20,8 @@ once and delete all at the same time: "one-shot", the same logits; "mse", what c
 Two sums keep this affordable at 131,072 logits a token.
 
 *Logits never appear.* If the features before the head move by e (d,), the logits move by E e, with E (vocab, d) the
-head's matrix, and |E e|^2 = e^T (E^T E) e. E^T E is one d x d matrix, made once: exact, and vocab / d times cheaper.
+head's matrix, and |E e|^2 = e^T (E^T E) e. E^T E is one d x d matrix, made once a sweep: exact, and vocab / d times
+cheaper.
 
 *A prefix is shared.* For each batch the stream x before layer i is the same whichever layer from i on is skipped. So
 the sweep walks down once and from every layer runs only the rest: L layers cost about L / 2 forwards of the model, and

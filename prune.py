@@ -107,7 +107,8 @@ def pick(scores, n, rank="ranked", generator=None):
 
 
 def make_plan(config, sizes, removed, scores=None, rank="ranked", seed=0):
-    """Which channels stay.
+    """Which channels stay. Of a Mamba layer's table (h, p) first the channels, by their norm over the heads; then in
+    each group the heads, by their norm over the channels that stay.
 
     config: the larger model's. sizes: a ModelConfig whose CUT fields are wanted. removed: numbers of the layers that
     go. scores: Importance without these layers; may be None if nothing gets narrower or rank (RANKS) is "random".
@@ -237,7 +238,7 @@ def describe_plan(config, plan, depth, scores):
             what += share("heads", scores.mamba[i][:, plan.channels[i]].norm(dim=1), plan.heads[i])
         score = f"{depth.scores[i]:9.3g}" if i in depth.scores else f"{'-':>9}"
         lines.append(f"{i:>5}  {LETTERS[letter]:<9} {score}  {gone.get(i, what)}")
-    if len(plan.hidden) < config.hidden_size:
+    if scores and len(plan.hidden) < config.hidden_size:
         lines.append(f"{'':>5}  the stream{share('embedding channels', scores.hidden, plan.hidden)}")
     both = config, plan.config
     rows = [("pattern", *(c.hybrid_override_pattern for c in both)), ("layers", *(c.num_hidden_layers for c in both))]

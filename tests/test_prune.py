@@ -81,7 +81,7 @@ def smaller(config, heads=None):
 def test_cutting_nothing_is_a_copy(overrides):
     m = model(**overrides)
     copy = cut(m, identity(m))
-    assert copy.config == m.config and off(m, copy) == 0
+    assert copy.config == m.config and off(m, copy) == 0 and not copy.training
     for (name, a), (other, b) in zip(m.named_parameters(), copy.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b) and a.data_ptr() != b.data_ptr() and b.requires_grad
 
@@ -304,6 +304,17 @@ def test_what_is_kept_is_what_scores_most():
     worst = make_plan(c, sizes, (), scores, "reversed")
     assert set(worst.neurons[1].tolist()) == set((-scores.neurons[1]).topk(2).indices.tolist())
     assert 3 not in worst.channels[0] and worst.hidden.tolist() != plan.hidden.tolist()
+
+
+def test_heads_and_channels_are_ranked_by_their_norm():
+    """Not by a sum: one loud number outweighs two of two thirds."""
+    c = replace(ModelConfig(), hybrid_override_pattern="M", mamba_head_dim=2)  # four heads, two groups
+    table = torch.tensor([[2.0, 2.0], [3.0, 0.0], [0.0, 0.1], [0.1, 0.1]])
+    plan = make_plan(c, replace(c, mamba_num_heads=2), (), Importance(torch.ones(128), {}, {0: table}))
+    assert plan.heads[0].tolist() == [1, 3]
+    table = torch.tensor([[2.0, 3.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    plan = make_plan(c, replace(c, mamba_head_dim=1), (), Importance(torch.ones(128), {}, {0: table}))
+    assert plan.channels[0].tolist() == [1]
 
 
 def test_pick():
