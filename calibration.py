@@ -1,9 +1,9 @@
 """The rows that a model is measured on before it is cut, and other rows to see what the cut cost.
 
 Packed rows of tasks and text, as data.py packs them for training, read with the checkpoint's own tokenizer: a model is
-measured on what it was made for. They are drawn anew, so they are not the rows of any run; the fresh rows have held-out
-text. The report's calibration set has 1,024 samples. A folder of random weights, at full size say, has no tokenizer: it
-gets random ids, on which speed and memory are what they would be.
+measured on what it was made for. They are drawn anew, so they are not the rows of any run. The fresh rows have held-out
+text and do not depend on the seed, so that cuts compare. The report's calibration set has 1,024 samples. A folder of
+random weights, at full size say, has no tokenizer: it gets random ids, on which speed and memory are what they would be.
 
 This file must not know what is measured.
 """
@@ -35,7 +35,7 @@ def make(tokenizer, vocab_size, samples, length, seed=0, text=None):
     rows = []
     for side, n in enumerate((samples, FRESH)):  # fresh rows have the held-out text
         texts = {kind: data.flatten(tokenizer, split[side]) for kind, split in parts.items()}
-        arrays, _ = data.pack_shard(tokenizer, blend, texts, n, length, f"calibration {seed} {side}")
+        arrays, _ = data.pack_shard(tokenizer, blend, texts, n, length, "fresh" if side else f"calibration {seed}")
         rows.append(tuple(torch.from_numpy(array.astype(np.int64)) for array in arrays))
     shares = ", ".join(f"{source} {share:.0%}" for source, share in blend.sources.items())
     return *rows, f"packed rows of {shares}" + (f", text from {text}" if text else "")

@@ -647,6 +647,7 @@ def test_calibration_rows(tmp_path):
     assert all(t.shape == (6, 512) for t in rows) and all(t.shape == (calibration.FRESH, 512) for t in fresh)
     assert "prose 15%" in what and rows[0].dtype == torch.int64 and (rows[1] >= 0).all()
     assert all(torch.equal(a, b) for a, b in zip(rows, make(0)[0])) and not torch.equal(rows[0], make(1)[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(fresh, make(1)[1]))  # so that losses compare
     assert not any((row == rows[0]).all(1).any() for row in fresh[0])
     batches = calibration.batches(rows, 4)
     assert [len(ids) for ids, _ in batches] == [4, 2] and torch.equal(torch.cat([doc for _, doc in batches]), rows[1])
