@@ -2,8 +2,8 @@
 
 Packed rows of tasks and text, as data.py packs them for training, read with the checkpoint's own tokenizer: a model is
 measured on what it was made for. They are drawn anew, so they are not the rows of any run. The fresh rows have held-out
-text and do not depend on the seed, so that cuts compare. The report's calibration set has 1,024 samples. A folder of
-random weights, at full size say, has no tokenizer: it gets random ids, on which speed and memory are what they would be.
+text and do not depend on the seed, so that cuts compare. The report's calibration set has 1,024 samples. A folder
+without a tokenizer, of random weights at full size say, gets random ids: speed and memory do not depend on them.
 
 This file must not know what is measured.
 """
