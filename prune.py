@@ -200,9 +200,8 @@ def cut(model, plan, rescale=False):
             tensor = tensor.index_select(0, rows.to(tensor.device))
         if columns is not None and tensor.dim() > 1:
             tensor = tensor.index_select(1, columns.to(tensor.device))
-        tensor = tensor * factors.get(
-            re.sub(r"^backbone\.(layers\.\d+\.)?", "", key), 1.0
-        )  # a copy, also where all stays
+        kind = re.sub(r"^backbone\.(layers\.\d+\.)?", "", key)
+        tensor = tensor * factors.get(kind, 1.0)  # a copy, also where all stays
         if tensor.shape != place.shape:
             raise RuntimeError(f"{name} came out as {tuple(tensor.shape)}; the config asks for {tuple(place.shape)}")
         live += tensor.numel()
