@@ -96,14 +96,19 @@ def _examples(tokenizer, weights, seed, length):
         yield from fitting
 
 
+def _id_type(tokenizer):
+    return np.uint16 if tokenizer.vocab_size <= 65536 else np.int32
+
+
 def pack_shard(tokenizer, blend, texts, rows, length, seed):
-    """Packed rows: ids uint16, doc int16 and kind uint8, each (rows, length), and the tokens placed by source.
+    """Packed rows: ids uint16 (int32 if the vocabulary is larger), doc int16 and kind uint8, each (rows, length), and
+    the tokens placed by source.
 
     texts: {"prose": (ids, ends), "code": (ids, ends)}. The next document is taken from the source that is furthest
     behind its share. A task that does not fit any more waits for the next row; text fills the rest of this one. With no
     text in the blend the rest is padding: document -1, not learned.
     """
-    ids = np.zeros((rows, length), np.uint16)
+    ids = np.zeros((rows, length), _id_type(tokenizer))
     doc = np.full((rows, length), -1, np.int16)
     kind = np.zeros((rows, length), np.uint8)
     rng = Random(seed)
@@ -167,7 +172,7 @@ def _write_shard(job):
 def flatten(tokenizer, texts):
     """Texts as one array of ids and the end of each document in it."""
     encoded = tokenizer.encode_batch(texts)
-    return np.concatenate([np.asarray(e, np.uint16) for e in encoded]), np.cumsum([len(e) for e in encoded])
+    return np.concatenate([np.asarray(e, _id_type(tokenizer)) for e in encoded]), np.cumsum([len(e) for e in encoded])
 
 
 def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None, say=print):
