@@ -143,12 +143,17 @@ def fill_in(config, device):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW 0.9/0.95. Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and
-    offsets whose natural value is not zero."""
+    """AdamW 0.9/0.95."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def parameter_groups(model, weight_decay):
+    """Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and offsets whose
+    natural value is not zero."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 class Objective(nn.Module):
@@ -355,7 +360,7 @@ class Run:
             raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
             before = resume.peek_training(self.state_file).get("config", {})
-            unknown = {f.name: f.default for f in fields(TrainConfig)}  # to a folder made before there was such a flag
+            unknown = {f.name: f.default for f in fields(self.config)}  # to a folder made before there was such a flag
             before = unknown | before
             changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in self.settings.items() if before[k] != v]
             if changed:
@@ -594,21 +599,21 @@ def _insist(signals):
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
-def parse(argv=None):
-    """TrainConfig from the command line: each field is a flag, its comment the help."""
+def parse(argv=None, kind=TrainConfig, file=__file__, description=__doc__):
+    """A `kind`, a dataclass written in `file`, from the command line: each field is a flag, its comment the help."""
     comments = {}
-    for line in Path(__file__).read_text("utf-8").splitlines():
+    for line in Path(file).read_text("utf-8").splitlines():
         name, _, comment = line.strip().partition("  # ")
         if ": " in name and " = " in name:
             comments.setdefault(name.split(":")[0], comment)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False)
     parser.error = evaluate.refuse
-    for f in fields(TrainConfig):
-        kind = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
+    for f in fields(kind):
+        of = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
         default = "suits the preset" if f.default is None else f.default
         text = (comments.get(f.name) or f.name.replace("_", " ")).replace("%", "%%")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"{text} ({default})")
-    return TrainConfig(**vars(parser.parse_args(argv)))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=of, default=f.default, help=f"{text} ({default})")
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):
