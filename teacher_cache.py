@@ -1,8 +1,8 @@
 """What the teacher says, written down: its k likeliest tokens for every token of a data set.
 
 A live teacher costs a forward for every step of every student. Written down once, its answers serve any number of
-students (a search has three), and the teacher need not be in memory while they learn. Whole distributions would be too
-much: 131,072 numbers a token. Its 32 likeliest are 32 x (2 bytes of logit + 2 or 4 of place) = 128 or 192 bytes a token,
+students (a search has three), and the teacher need not be in memory while they learn. Whole distributions would be
+too much: 131,072 numbers a token. Its 32 likeliest are 32 x (2 bytes of logit + 2 or 4 of place) = 128 or 192 bytes,
 10 M tokens are 1.3 or 1.9 GB; what is lost is in distill_loss.py, under `topk`.
 
 The arrays lie in a data folder beside the packed rows that they belong to (data.py), an entry for each row, and the

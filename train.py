@@ -322,12 +322,16 @@ class Run:
         self.step, self.log, self.seconds_before = 0, [], 0.0
         if self.state_file.exists() or self.trunk:
             self.resume(self.state_file if self.state_file.exists() else self.trunk)
+        self.start_log()
+        self.clock = time.time()
+        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
+
+    def start_log(self):
+        """Write what is known of the run so far; `record` adds to it."""
         if self.rank == 0:
             temporary = self.out / "log.jsonl.tmp"  # a kill leaves the old log or the new one
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
             os.replace(temporary, self.out / "log.jsonl")
-        self.clock = time.time()
-        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
 
     def use_fp8(self):
         """Let the inner matmuls train in eight bits, and say which. Before anything is compiled."""
