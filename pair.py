@@ -21,16 +21,21 @@ def open_model(name, device, dtype):
     """(model, tokenizer or None) of a checkpoint folder, or noise in the shape of a preset."""
     if Path(name).is_dir() or name not in PRESETS:
         return checkpoint.load_pretrained(name, device, dtype)
+    return noise(PRESETS[name], device, dtype), None
+
+
+def noise(config, device, dtype):
+    """A model of this ModelConfig with weights as before training, in the dtypes that `load_pretrained` gives."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # so that no float32 copy ever exists
     try:
-        model = build(PRESETS[name], device, dtype)
+        model = build(config, device, dtype)
     finally:
         torch.set_default_dtype(before)
     for key, parameter in model.named_parameters():
         if key.rpartition(".")[2] in checkpoint.KEPT_WIDE:
             parameter.data = parameter.data.float()
-    return model, None
+    return model
 
 
 def one_language(teacher, student, tokenizers):
