@@ -70,7 +70,7 @@ class DistillConfig:
     step_tokens: int = 2048  # tokens in a step, in rows of the stage's length; the first to lower when memory runs out
     optimizer: str = "adamw"  # adamw: 16 bytes a parameter, float32 weights; lean: 2 bytes, bfloat16 weights (lean.py)
     recompute: str = "auto"  # auto, off or layers: compute layers again in the backward; auto means with lean
-    lr: float | None = None  # peak learning rate; 1e-3 for adamw, 2e-4 for lean
+    lr: float | None = None  # peak learning rate; 1e-3 for adamw, 5e-4 for lean; less for large models
     warmup: float = 0.05  # share of the steps in which the rate rises
     decay: float = 0.95  # share of the steps, at the end, in which it falls to a hundredth
     decay_shape: str = "linear"  # how it falls: linear, cosine, exponential or minus_sqrt
@@ -86,7 +86,7 @@ class DistillConfig:
 
 
 NOT_THE_RUN = {"out", "device", "dtype", "impl", "compile", "recompute", "log_every", "save_every", "eval_count"}
-LR = {"adamw": 1e-3, "lean": 2e-4}
+LR = {"adamw": 1e-3, "lean": 5e-4}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -225,7 +225,7 @@ class Run(train.Run):
             raise ValueError("float16 gradients would need scaling, which is not done here: give --dtype float32")
         lean = config.optimizer == "lean"
         self.dtype = torch.bfloat16 if lean else dtype
-        weights = torch.bfloat16 if lean else torch.float32  # both alike: the distance of a copy is exactly zero
+        weights = torch.bfloat16 if lean else torch.float32  # of both: a copy's distance is zero
         self.out = Path(config.out)
         self.state_file, self.stable_file = self.out / "training.safetensors", self.out / "stable.safetensors"
         self.settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_RUN}
@@ -321,7 +321,7 @@ class Run(train.Run):
         """Steps until the last one; False if Ctrl-C or SIGTERM came first. Signals only take effect between steps."""
         config, signals = self.config, []
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, frame: signals.append(number) or train._insist(signals))
+            signal.signal(name, lambda number, frame: signals.append(number) or train.insist(signals))
         self.model.train()
         sums, tokens, since, first = torch.zeros(2, device=self.device), 0, time.time(), self.step
         while self.step < self.steps:

@@ -98,8 +98,8 @@ class Lean(torch.optim.Optimizer):
         total = sum((down[piece].square() * (grad[piece].float().square() @ across.square())).sum() for piece in pieces)
         scale = group["lr"] / (total / weight.numel()).sqrt().clamp_min(1.0)
         for piece in pieces:
-            change = grad[piece].float().mul_(across).mul_((down[piece] * scale)[:, None])
-            new = weight[piece].float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(change)
+            change = (grad[piece].float() * across).mul_((down[piece] * scale)[:, None])
+            new = (weight[piece].float() * (1 - group["lr"] * group["weight_decay"])).sub_(change)
             weight[piece] = new if p.dtype == torch.float32 else round_at_random(new)
 
 

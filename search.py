@@ -23,11 +23,11 @@ Is the released shape found? By the plain formula it is not among the first thre
 
     4480, 17920, 128   19.62 GiB      4800, 16800, 112   19.42 GiB      4800, 14400, 128   19.30 GiB
 
-The other two candidates of the report we know at second hand only: (4480, 17920, 112) and (4800, 14400, 120), which give
-the parameter counts reported for them, 8.92 and 8.97 B. With the released one they are numbers five to seven here, next
-to each other. So it seems that something took between 0.48 and 0.83 GiB that the formula does not count (activations of
-a prefill, say): with `--extra-gib 0.8` for each row these three are the first three, the released one third. What it
-was the report does not say, as far as we know; the flag's default is 0.
+The other two candidates of the report we know at second hand only: (4480, 17920, 112) and (4800, 14400, 120), which
+give the parameter counts reported for them, 8.92 and 8.97 B. With the released one they are numbers five to seven here,
+next to each other. So it seems that something took between 0.48 and 0.83 GiB that the formula does not count: with
+`--extra-gib 0.8` for each row these three are the first three, the released one third. What it was the report does not
+say, as far as we know (activations of a prefill would be such a thing); the flag's default is 0.
 
 For another model the same sixteenths, shares and ratios are taken of its own sizes; its budget is by default the same
 share of its memory, 75.4 %. Source: report section 4.2. This file must not know how a candidate is made or trained.
@@ -46,9 +46,10 @@ from device import choose_device  # isort: skip  (before torch)
 import torch
 
 import evaluate
-from checkpoint import load_pretrained
+from hf_config import config_from_dict
 from model import LETTERS, PRESETS, NemotronH
 from pair import noise
+from safefile import read_json
 from sizes import count_parameters, memory_bytes
 from trial import Trial
 
@@ -78,7 +79,12 @@ def report_space(config):
     c, layers = config, config.num_hidden_layers
     least, most = max(1, round(layers * 6 / 62)), max(1, round(layers * 10 / 62))
     whole = lambda width, share, step: max(step, -(-width * share // (16 * step)) * step)  # rounded up to a step
-    widths = lambda width, step: tuple(sorted({whole(width, share, step) for share in (14, 15, 16)}))
+
+    def widths(width, step):
+        found = {whole(width, share, step) for share in (14, 15, 16)}
+        found |= {width - step} if len(found) == 1 and width > step else set()  # a choice of one is none
+        return tuple(sorted(found))
+
     full = c.intermediate_size / c.hidden_size
     return Space(
         tuple(range(least, most + 1, max(1, (most - least) // 2))),
@@ -154,26 +160,31 @@ def choose(tried, tolerance):
     return max((t for t in tried if t["accuracy"] >= best - tolerance), key=lambda t: t["tokens_per_second"])
 
 
+def nothing_fits(configs, args, budget):
+    least = min(memory_bytes(c, args.context, args.batch)["total"] + args.extra * args.batch for c in configs)
+    return (
+        f"none of {len(configs)} shapes fits {size_of(budget)}, the smallest takes {size_of(least)}: raise the budget, "
+        "lower --context, or remove more layers or width (--removed, --hidden, --expansion, --heads)"
+    )
+
+
 def search(args, config, space, budget, device):
-    """Depth by accuracy, then the widths that fit; returns (all that fit, those tried, the chosen one)."""
-    trial, depths = Trial(args, device), []
-    have = config.hybrid_override_pattern.count("*")
-    for n, splits in enumerate_depth(config, space).items():
-        if splits:
-            found = trial.run(f"depth-{n}", args.checkpoint, remove=(n, have - space.attention))
-            depths.append(found)
-    if not depths:
-        raise ValueError(f"no layers can go from {config.hybrid_override_pattern} within {space}")
+    """Depth by accuracy, then the widths that fit; returns (those tried, the chosen one)."""
+    trial, have = Trial(args, device), config.hybrid_override_pattern.count("*")
+    depths = [
+        trial.run(f"depth-{n}", args.checkpoint, remove=(n, have - space.attention))
+        for n, splits in enumerate_depth(config, space).items()
+        if splits
+    ]
     deep = max(depths, key=lambda d: d["accuracy"])
     print(f"\ndepth: {deep['config'].hybrid_override_pattern}, as the most accurate of {len(depths)}")
-    fit = fitting(enumerate_width(deep["config"], space), budget, args.context, args.batch, args.extra)
-    tried = []
-    for size, c in fit[: args.candidates]:
+    shapes, tried = enumerate_width(deep["config"], space), []
+    for size, c in fitting(shapes, budget, args.context, args.batch, args.extra)[: args.candidates]:
         found = trial.run("width-{}-{}-{}".format(*shape(c)), deep["folder"], target=c)
         tried.append(found | {"bytes": size})
     if not tried:
-        raise ValueError(f"nothing fits {budget / 2**20:.2f} MiB at that depth: raise the budget")
-    return fit, tried, choose(tried, args.tolerance)
+        raise ValueError(nothing_fits(shapes, args, budget))
+    return tried, choose(tried, args.tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,6 +273,9 @@ def parse(argv=None):
     flag("--candidates", type=int, default=3, help="how many of the largest that fit are tried (3)")
     flag("--removed", help="layers to remove, with commas between (the report's share: 6,8,10 of 62)")
     flag("--attention", type=int, help="attention layers to keep (two thirds)")
+    flag("--hidden", help="hidden sizes to try, with commas between (14, 15 and 16 sixteenths of the model's)")
+    flag("--expansion", help="MLP widths to try, as multiples of hidden (3/4, 7/8 and all of the model's)")
+    flag("--heads", help="Mamba heads to try, multiples of the groups (14, 15 and 16 sixteenths of the model's)")
     flag("--dry-run", action="store_true", help="by formula only, also with a checkpoint")
     flag("--device", default="auto", help="auto, cpu or cuda")
     flag("--steps", type=int, default=150, help="steps of distillation of each candidate (150)")
@@ -288,17 +302,28 @@ def parse(argv=None):
     return args
 
 
+def given(args):
+    """The fields of the Space that the flags name."""
+    found = {} if args.attention is None else {"attention": args.attention}
+    for name, kind in dict(removed=int, hidden=int, expansion=float, heads=int).items():
+        text = getattr(args, name)
+        try:
+            values = text and tuple(sorted({kind(part) for part in text.split(",")}))
+        except ValueError:
+            values = (0,)
+        if values and not 0 < values[0] <= values[-1] < float("inf"):
+            raise ValueError(f"--{name} {text!r} is not numbers above 0 with commas between")
+        found |= {name: values} if values else {}
+    return found
+
+
 def run(args):
     device, why = choose_device(args.device)
-    config = load_pretrained(args.checkpoint)[0].config if args.checkpoint else PRESETS[args.preset]
+    config = PRESETS[args.preset]
+    if args.checkpoint:
+        config = config_from_dict(read_json(Path(args.checkpoint) / "config.json"))
     space = report_space(config)
-    if args.attention is not None:
-        space = replace(space, attention=args.attention)
-    if args.removed is not None:
-        try:
-            space = replace(space, removed=tuple(int(n) for n in args.removed.split(",")))
-        except ValueError:
-            raise ValueError(f"--removed {args.removed!r} is not numbers with commas between, such as 6,8,10") from None
+    space = replace(space, **given(args))
     whole = memory_bytes(config, args.context, args.batch)["total"]
     budget = whole * BUDGET / memory_bytes(PRESETS["nano-12b"], CONTEXT)["total"]
     if args.budget_gib is not None or args.budget_mib is not None:
@@ -310,25 +335,30 @@ def run(args):
     print(f"budget    {size_of(budget)}; {size_of(args.extra)} a row are set aside; device {device} ({why})")
     print(f"depth     remove {', '.join(map(str, space.removed))} layers, keep {space.attention} with attention")
     print(f"width     hidden {space.hidden}, MLP {space.expansion} x hidden, Mamba heads {space.heads}\n")
+    if not any(enumerate_depth(config, space).values()):
+        raise ValueError(
+            f"{config.hybrid_override_pattern} has no way to lose {' or '.join(map(str, space.removed))} layers and "
+            f"keep {space.attention} with attention: give other --removed or --attention"
+        )
     print(depth_table(config, space, args) + "\n", flush=True)
 
     out, tried, chosen, released = Path(args.out), [], None, None
     out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint and not args.dry_run:
-        fit, tried, chosen = search(args, config, space, budget, device)
+        tried, chosen = search(args, config, space, budget, device)
         pattern = chosen["config"]
-    elif not args.checkpoint and args.preset in RELEASED:
+    elif not args.checkpoint and args.preset in RELEASED and args.removed is None and args.attention is None:
         released = PRESETS[RELEASED[args.preset]]
         pattern = replace(config, hybrid_override_pattern=released.hybrid_override_pattern)
         print(f"width at the depth of {RELEASED[args.preset]}: {pattern.hybrid_override_pattern}")
     else:
-        splits = next(iter(enumerate_depth(config, space).values()))
-        if not splits:
-            raise ValueError(f"{space.attention} attention layers cannot be kept of {config.hybrid_override_pattern}")
+        splits = next(filter(None, enumerate_depth(config, space).values()))
         pattern = without(config, splits[len(splits) // 2])
         print(f"width at {pattern.num_hidden_layers} layers; which ones stay is measured, this stands for their bytes")
     everything = enumerate_width(pattern, space)
     fit = fitting(everything, budget, args.context, args.batch, args.extra)
+    if not fit:
+        raise ValueError(nothing_fits(everything, args, budget))
     print(f"{len(fit)} of {len(everything)} shapes fit; the first {args.candidates} are candidates\n")
     print(width_table(fit, args, device, released))
 

@@ -428,7 +428,7 @@ class Run:
         """Steps until the last one; False if Ctrl-C or SIGTERM came first. Signals only take effect between steps."""
         config, signals = self.config, []
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, frame: signals.append(number) or _insist(signals))
+            signal.signal(name, lambda number, frame: signals.append(number) or insist(signals))
         questions = tasks.bench_questions()
         window = Window(self)
         self.model.train()
@@ -598,7 +598,7 @@ def _entry(line):
     return entry if isinstance(entry, dict) else {}
 
 
-def _insist(signals):
+def insist(signals):
     if len(signals) > 1:
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 

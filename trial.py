@@ -45,6 +45,13 @@ def make_smaller(model, rows, remove=None, target=None):
     return cut(model, make_plan(model.config, model.config, gone))
 
 
+def calibration_rows(tokenizer, samples, seed):
+    """What importance is measured on."""
+    import calibration
+
+    return calibration.make(tokenizer, tokenizer.vocab_size, samples, LENGTH, seed)[0]
+
+
 def tokens_per_second(model, context, rows=8, steps=24):
     """Tokens spoken by `rows` rows together in a second, when each holds two thirds of min(context, 24,576) tokens:
     half way through an answer twice as long as its prompt, as the report measures with 8,192 and 16,384."""
@@ -80,10 +87,7 @@ class Trial:
         a, folder = self.args, self.out / name
         if not (folder / "pruned" / "config.json").exists():
             if self.rows is None:
-                import calibration
-
-                model = load_pretrained(a.checkpoint)[0]
-                self.rows = calibration.make(self.tokenizer, model.config.vocab_size, a.samples, LENGTH, a.seed)[0]
+                self.rows = calibration_rows(self.tokenizer, a.samples, a.seed)
             smaller = make_smaller(load_pretrained(parent, self.device)[0], self.rows, **how)
             save_pretrained(folder / "pruned", smaller, self.tokenizer)
         print(f"\n{name}: {folder / 'pruned'}", flush=True)
