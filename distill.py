@@ -39,8 +39,8 @@ import numpy as np
 import torch
 
 import data
-import evaluate
 import parallel
+import recovery
 import schedule
 import sizes
 import teacher_cache
@@ -369,17 +369,10 @@ class Run(train.Run):
         return entry
 
     def exam(self, model, name):
-        """{"exact": {kind: share}, "bits": {kind: bits a byte}} on held-out questions and text."""
-        levels = (1, 2, 3) if self.device.type == "cpu" else None
-        with torch.compiler.set_stance("force_eager"):
-            model.eval()
-            bits = {k: evaluate.bits_per_byte(model, self.tokenizer, t, max_tokens=50_000)
-                    for k, t in self.held_out.items() if t}  # fmt: skip
-            table = evaluate.accuracy(model, self.tokenizer, levels=levels, count=self.config.eval_count)
-        found = {"exact": evaluate.by_kind(table), "bits": bits}
-        cells = [cell["exact"] for row in table.values() for cell in row.values()]
-        found["exact"]["all"] = sum(cells) / len(cells)
-        told = [f"{k} {v:.1%}" for k, v in found["exact"].items()] + [f"{k} {v:.3f} bits/byte" for k, v in bits.items()]
+        levels = (1, 2, 3) if self.device.type == "cpu" else None  # a GPU has time for those beyond
+        found = recovery.exam(model, self.tokenizer, self.held_out, levels, self.config.eval_count)
+        told = [f"{k} {v:.1%}" for k, v in found["exact"].items()]
+        told += [f"{k} {v:.3f} bits/byte" for k, v in found["bits"].items()]
         self.say(f"{name}: exact " + ", ".join(told))
         return found
 
@@ -390,42 +383,13 @@ class Run(train.Run):
         if start:
             after = self.exam(self.model, "student after")
             result |= {"teacher": start["teacher"], "before": start["before"], "after": after}
-            result["recovered"] = recovered(start["teacher"], start["before"], after)
+            result["recovered"] = recovery.recovered(start["teacher"], start["before"], after)
             told = ", ".join(f"{k} {v:.0%}" for k, v in result["recovered"].items() if v is not None)
             self.say(f"of the gap to the teacher is closed: {told}")
-        plot(self.log, self.out / "distillation.png", self.marks, self.config.loss)
+        recovery.plot(self.log, self.out / "distillation.png", self.marks, self.config.loss)
         result["wall_seconds"] = round(time.time() - self.started, 1)
         self.record(result)
         return result
-
-
-def recovered(teacher, before, after):
-    """Of each figure the share of the way from `before` to `teacher` that `after` has gone; None if there is no way."""
-    share = lambda t, b, a: None if t == b else (a - b) / (t - b)
-    found = {f"exact {k}": share(teacher["exact"][k], before["exact"][k], after["exact"][k]) for k in after["exact"]}
-    return found | {f"bits {k}": share(teacher["bits"][k], before["bits"][k], after["bits"][k]) for k in after["bits"]}
-
-
-def plot(log, path, marks, kind):
-    """The loss over millions of tokens, and the rate; dotted lines where a stage begins."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [e for e in log if "loss" in e]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
-    for axis, key in ((left, "loss"), (right, "lr")):
-        axis.plot([e["step"] for e in lines], [e[key] for e in lines])
-        axis.set(xlabel=f"step of {lines[-1]['tokens'] / lines[-1]['step']:,.0f} tokens")
-        for step, label in marks.items():
-            axis.axvline(step, linestyle=":", color="gray", linewidth=1)
-            axis.text(step, axis.get_ylim()[0], f" {label}", rotation=90, va="bottom", fontsize=7)
-    left.set(yscale="log", title=f"distance to the teacher ({kind}), nats a token" if kind != "ce" else "loss (ce)")
-    right.set(title="learning rate")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def run(config):

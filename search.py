@@ -160,30 +160,41 @@ def choose(tried, tolerance):
     return max((t for t in tried if t["accuracy"] >= best - tolerance), key=lambda t: t["tokens_per_second"])
 
 
-def nothing_fits(configs, args, budget):
-    least = min(memory_bytes(c, args.context, args.batch)["total"] + args.extra * args.batch for c in configs)
+def nothing_fits(least, budget):
     return (
-        f"none of {len(configs)} shapes fits {size_of(budget)}, the smallest takes {size_of(least)}: raise the budget, "
-        "lower --context, or remove more layers or width (--removed, --hidden, --expansion, --heads)"
+        f"no shape fits {size_of(budget)}, the smallest takes {size_of(least)}: raise the budget, lower --context, or "
+        "remove more layers or width (--removed, --hidden, --expansion, --heads)"
     )
+
+
+def depth_sizes(config, space, context, batch=1, extra=0):
+    """{layers removed: ((least, most) bytes at full width, the same at the least)} over all ways to remove them."""
+    found = {}
+    for n, splits in enumerate_depth(config, space).items():
+        shapes = [without(config, split) for split in splits]
+        if shapes:
+            sizes = [
+                sorted(memory_bytes(c, context, batch)["total"] + extra * batch for c in each)
+                for each in (shapes, [enumerate_width(c, space)[0] for c in shapes])
+            ]
+            found[n] = tuple((s[0], s[-1]) for s in sizes)
+    return found
 
 
 def search(args, config, space, budget, device):
     """Depth by accuracy, then the widths that fit; returns (those tried, the chosen one)."""
-    trial, have = Trial(args, device), config.hybrid_override_pattern.count("*")
-    depths = [
-        trial.run(f"depth-{n}", args.checkpoint, remove=(n, have - space.attention))
-        for n, splits in enumerate_depth(config, space).items()
-        if splits
-    ]
+    sizes = depth_sizes(config, space, args.context, args.batch, args.extra)
+    possible = [n for n, (_, narrow) in sizes.items() if narrow[1] <= budget]  # whichever layers the measurement takes
+    if not possible:
+        raise ValueError(nothing_fits(min(narrow[1] for _, narrow in sizes.values()), budget))
+    trial, gone = Trial(args, device), config.hybrid_override_pattern.count("*") - space.attention
+    depths = [trial.run(f"depth-{n}", args.checkpoint, remove=(n, gone)) for n in possible]
     deep = max(depths, key=lambda d: d["accuracy"])
     print(f"\ndepth: {deep['config'].hybrid_override_pattern}, as the most accurate of {len(depths)}")
     shapes, tried = enumerate_width(deep["config"], space), []
     for size, c in fitting(shapes, budget, args.context, args.batch, args.extra)[: args.candidates]:
         found = trial.run("width-{}-{}-{}".format(*shape(c)), deep["folder"], target=c)
         tried.append(found | {"bytes": size})
-    if not tried:
-        raise ValueError(nothing_fits(shapes, args, budget))
     return tried, choose(tried, args.tolerance)
 
 
@@ -199,17 +210,10 @@ def size_of(n):
 def depth_table(config, space, args):
     """One line a depth: how the layers can be split, and the memory of the widest and the narrowest shape."""
     lines = [f"{'layers':>7} {'ways':>5}  memory of all ways, full width      and at the least width"]
-    for n, splits in enumerate_depth(config, space).items():
-        shapes = [without(config, s) for s in splits]
-        if not shapes:
-            lines.append(f"{config.num_hidden_layers - n:>7} {0:>5}  {space.attention} attention layers cannot stay")
-            continue
-        ends = []
-        for full in (True, False):
-            narrow = [c if full else enumerate_width(c, space)[0] for c in shapes]
-            found = sorted(memory_bytes(c, args.context, args.batch)["total"] + args.extra * args.batch for c in narrow)
-            ends.append(f"{size_of(found[0])} to {size_of(found[-1])}")
-        lines.append(f"{config.num_hidden_layers - n:>7} {len(shapes):>5}  {ends[0]:<36}{ends[1]}")
+    splits = enumerate_depth(config, space)
+    for n, sizes in depth_sizes(config, space, args.context, args.batch, args.extra).items():
+        wide, narrow = (f"{size_of(least)} to {size_of(most)}" for least, most in sizes)
+        lines.append(f"{config.num_hidden_layers - n:>7} {len(splits[n]):>5}  {wide:<36}{narrow}")
     return "\n".join(lines)
 
 
@@ -358,7 +362,8 @@ def run(args):
     everything = enumerate_width(pattern, space)
     fit = fitting(everything, budget, args.context, args.batch, args.extra)
     if not fit:
-        raise ValueError(nothing_fits(everything, args, budget))
+        least = min(memory_bytes(c, args.context, args.batch)["total"] for c in everything)
+        raise ValueError(nothing_fits(least + args.extra * args.batch, budget))
     print(f"{len(fit)} of {len(everything)} shapes fit; the first {args.candidates} are candidates\n")
     print(width_table(fit, args, device, released))
 

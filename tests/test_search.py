@@ -162,7 +162,7 @@ def test_a_whole_search(tmp_path, monkeypatch, capsys, ours_tokenizer):
     Cutting is a fresh model of the shape and distilling a copy: what they do is tested elsewhere."""
     whole = ours(vocab_size=ours_tokenizer.vocab_size, hybrid_override_pattern="M-M*-M-M*-M-")
     checkpoint.save_pretrained(tmp_path / "whole", whole, ours_tokenizer)
-    accuracy = {"depth-1": 0.7, "depth-2": 0.8, "width-60-105-8": 0.9}
+    accuracy = {"depth-1": 0.7, "depth-2": 0.8, "width-64-112-6": 0.9}
     cuts, parents = [], {}
 
     def cut(model, rows, remove=None, target=None):
@@ -194,9 +194,24 @@ def test_a_whole_search(tmp_path, monkeypatch, capsys, ours_tokenizer):
         found = checkpoint.load_pretrained(t["folder"])[0].config
         assert shape(found) == tuple(t["shape"]) and found.num_hidden_layers == 10  # at the better depth
         assert t["bytes"] <= record["budget"]
-    assert record["chosen"].endswith("width-60-105-8/distilled") and record["chosen"] == record["tried"][1]["folder"]
+    assert record["chosen"].endswith("width-64-112-6/distilled") and record["chosen"] == record["tried"][1]["folder"]
     assert "chosen" in capsys.readouterr().out
     assert search.main(flags) == 0 and len(cuts) == 4  # what was cut is not cut again
+
+
+def test_a_depth_at_which_nothing_fits_is_not_tried(tmp_path, monkeypatch, capsys, ours_tokenizer):
+    whole = ours(vocab_size=ours_tokenizer.vocab_size)
+    checkpoint.save_pretrained(tmp_path / "whole", whole, ours_tokenizer)
+    asked = []
+    monkeypatch.setattr(trial.Trial, "run", lambda self, name, *a, **how: asked.append(name) or 1 / 0)
+    flags = ["--checkpoint", str(tmp_path / "whole"), "--out", str(tmp_path / "out"), "--context", "512"]
+    flags += ["--device", "cpu", "--removed", "1,2,3"]
+    needed = search.depth_sizes(whole.config, report_space(whole.config), 512)
+    assert needed.keys() == {1}  # of the report's share
+    with pytest.raises(ZeroDivisionError):
+        search.main([*flags, "--budget-mib", "0.36"])
+    assert asked == ["depth-3"]
+    assert search.main([*flags, "--budget-mib", "0.1"]) == 2 and "the smallest takes" in capsys.readouterr().err
 
 
 def test_speed_is_measured():
