@@ -96,14 +96,19 @@ def _examples(tokenizer, weights, seed, length):
         yield from fitting
 
 
+def _id_type(tokenizer):
+    return np.uint16 if tokenizer.vocab_size <= 65536 else np.int32
+
+
 def pack_shard(tokenizer, blend, texts, rows, length, seed):
-    """Packed rows: ids uint16, doc int16 and kind uint8, each (rows, length), and the tokens placed by source.
+    """Packed rows: ids uint16 (int32 if the vocabulary is larger), doc int16 and kind uint8, each (rows, length), and
+    the tokens placed by source.
 
     texts: {"prose": (ids, ends), "code": (ids, ends)}. The next document is taken from the source that is furthest
     behind its share. A task that does not fit any more waits for the next row; text fills the rest of this one. With no
     text in the blend the rest is padding: document -1, not learned.
     """
-    ids = np.zeros((rows, length), np.uint16)
+    ids = np.zeros((rows, length), _id_type(tokenizer))
     doc = np.full((rows, length), -1, np.int16)
     kind = np.zeros((rows, length), np.uint8)
     rng = Random(seed)
@@ -145,7 +150,7 @@ def pack_shard(tokenizer, blend, texts, rows, length, seed):
 # Preparing a data set on disk, once, with all cores
 # ---------------------------------------------------------------------------------------------------------------------
 
-ARRAYS = {"ids": np.uint16, "doc": np.int16, "kind": np.uint8}
+ARRAYS = {"ids": None, "doc": np.int16, "kind": np.uint8}  # ids as the vocabulary needs it
 SHARD_ROWS = 256
 
 
@@ -167,7 +172,7 @@ def _write_shard(job):
 def flatten(tokenizer, texts):
     """Texts as one array of ids and the end of each document in it."""
     encoded = tokenizer.encode_batch(texts)
-    return np.concatenate([np.asarray(e, np.uint16) for e in encoded]), np.cumsum([len(e) for e in encoded])
+    return np.concatenate([np.asarray(e, _id_type(tokenizer)) for e in encoded]), np.cumsum([len(e) for e in encoded])
 
 
 def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None, say=print):
@@ -181,8 +186,6 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     folder, phased = Path(folder), isinstance(blend, list)
     phases = list(zip(blend, rows, strict=True)) if phased else [(blend, rows)]
     rows = sum(n for _, n in phases) if all(n >= 1 for _, n in phases) else 0
-    if tokenizer.vocab_size > 65536:
-        raise ValueError(f"a vocabulary of {tokenizer.vocab_size} does not fit 16 bits: use at most 65,536 entries")
     if rows < 1 or length < 64:
         raise ValueError(f"a data set needs at least 1 row of at least 64 tokens; got {rows} rows of {length}")
     for part, _ in phases:
@@ -205,6 +208,7 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     if "shares" in found and {k: found.get(k) for k in meta} == json.loads(json.dumps(meta)):
         return found["shares"]
     ours = [path for path in (folder, *folder.parents) if not path.exists()]
+    size = 3 + np.dtype(_id_type(tokenizer)).itemsize  # bytes a token of the three arrays
     try:
         _clear(folder)
         shares = _write(folder, tokenizer, phases, length, texts, seed, workers, say)
@@ -219,8 +223,8 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
                 path.rmdir()
         if isinstance(error, OSError):
             raise ValueError(
-                f"cannot write {rows * length * 5 / 1e6:,.0f} MB of data to {folder} ({error.strerror or error}): free "
-                "some space, lower --data-rows, or give another --out"
+                f"cannot write {rows * length * size / 1e6:,.0f} MB of data to {folder} ({error.strerror or error}): "
+                "free some space, lower --data-rows, or give another --out"
             ) from None
         raise
     return meta["shares"]
@@ -261,14 +265,14 @@ def _write(folder, tokenizer, phases, length, texts, seed, workers, say):
     rows = sum(n for _, n in phases)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    if shutil.disk_usage(folder).free < rows * length * 5:  # bytes of the three arrays
+    if shutil.disk_usage(folder).free < rows * length * (3 + np.dtype(_id_type(tokenizer)).itemsize):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for source in {s for blend, _ in phases for s in blend.sources} & {"prose", "code"}:
         ids, ends = flatten(tokenizer, texts[source])
         np.save(folder / f"{source}.npy", ids)
         np.save(folder / f"{source}_ends.npy", ends)
     for name, dtype in ARRAYS.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (rows, length)).flush()
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype or _id_type(tokenizer), (rows, length)).flush()
         if hasattr(os, "posix_fallocate"):  # take the room now: a mapped file on a full disk would kill the writer
             with open(folder / f"{name}.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
