@@ -9,7 +9,8 @@ slice of tokens can be finished on the spot: logits, loss, gradient, and what th
 weight; then the slice's memory is free for the next. The work is the same. What must be known beforehand is which
 tokens count, because the weight's gradient is summed over them; a common factor may come later.
 
-`plain_loss` is the definition; `sliced_loss` is the same function, and `next_token_loss` chooses. Source of the idea:
+`plain_loss` is the definition; `sliced_loss` is the same function, and `next_token_loss` chooses. `in_slices` is the
+frame, for any loss of a token's logits (distill_loss.py has others). Source of the idea:
 Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989).
 """
 
