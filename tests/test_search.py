@@ -66,9 +66,10 @@ def test_their_parameters_are_the_reported_ones(widths):
 
 
 def test_what_fits_fits_and_is_sorted(widths):
-    for budget, batch, extra in ((BUDGET, 1, 0), (20 * GIB, 3, 0.1 * GIB), (0, 1, 0)):
+    for budget, batch, extra in ((BUDGET, 1, 0), (24 * GIB, 3, 0.1 * GIB), (0, 1, 0)):
         fit = fitting(widths, budget, CONTEXT, batch, extra)
         bytes_ = [size for size, _ in fit]
+        assert bool(fit) == bool(budget)
         assert bytes_ == sorted(bytes_, reverse=True) and all(size <= budget for size in bytes_)
         for size, c in fit:
             assert size == memory_bytes(c, CONTEXT, batch)["total"] + extra * batch
@@ -166,7 +167,7 @@ def test_a_whole_search(tmp_path, monkeypatch, capsys, ours_tokenizer):
     cuts, parents = [], {}
 
     def cut(model, rows, remove=None, target=None):
-        cuts.append(remove or shape(target))
+        cuts.append((model.config.num_hidden_layers, remove or shape(target)))
         return NemotronH(target or without(model.config, {"*": remove[1], "-": remove[0] - remove[1]}))
 
     def distilled(config):
@@ -188,7 +189,7 @@ def test_a_whole_search(tmp_path, monkeypatch, capsys, ours_tokenizer):
     assert search.main(flags) == 0
     record = json.loads((tmp_path / "out" / "search.json").read_text())
     fit = [tuple(f[:3]) for f in record["fit"]]
-    assert cuts == [(1, 1), (2, 1), *fit[:2]] and len(fit) > 2
+    assert cuts == [(12, (1, 1)), (12, (2, 1)), (10, fit[0]), (10, fit[1])] and len(fit) > 2
     assert set(parents.values()) == {str(tmp_path / "whole")}  # the teacher stays the whole model
     for t in record["tried"]:
         found = checkpoint.load_pretrained(t["folder"])[0].config
