@@ -17,7 +17,9 @@ The controls: `--loss ce` is training on the same tokens without a teacher; `rev
 
 Memory. AdamW and float32 weights take 16 bytes a parameter, like pretraining. `--optimizer lean` takes 2, with which
 the 12B teaches the 9B on one GPU of 80 GB (lean.py has the sum). A preset's name in place of a folder is that shape in
-noise: two such models and random tokens measure a step's memory and speed, and nothing else.
+noise: two such models and random tokens measure a step's memory and speed, and nothing else:
+
+    python distill.py --teacher nano-12b --student nano-9b --optimizer lean --length 8192 --step-tokens 8192 --steps 5
 
 To follow one step: `Run.train`, `distill_step` (here), `distill_loss` (distill_loss.py), `_Slices` (loss.py). The run's
 files, log and resume are those of train.py.
@@ -56,7 +58,7 @@ class DistillConfig:
 
     teacher: str = "out"  # a checkpoint folder, or a preset's name for noise of that shape
     student: str = ""  # the same; a folder that prune.py wrote, usually
-    out: str = "distilled"  # the folder for log, plot, data and the student; a run found there is resumed
+    out: str = "out/distilled"  # the folder for log, plot, data and the student; a run found there is resumed
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32 or bfloat16: what the matrix products run in
     impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
@@ -254,7 +256,8 @@ class Run(train.Run):
         self.say(f"loss      {config.loss}, temperature {config.temperature:g}")
         told = ", then ".join(f"{n} steps of {config.step_tokens // l} rows of {l}" for l, n in self.stages)
         self.say(f"stages    {told}; peak rate {config.lr:g} ({config.optimizer})")
-        self.say("memory    about " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items()) + " GiB")
+        unit, of = (2**30, "GiB") if need["total"] >= 2**30 else (2**20, "MiB")
+        self.say("memory    about " + ", ".join(f"{k} {v / unit:,.2f}" for k, v in need.items()) + f" {of}")
         self.say(f"impl      {impl} ({why_impl}){'; layers are computed again in the backward' * recompute}")
         held = need["teacher"] + need["weights"] + need["gradients"] + need["optimizer"]
         if held > parallel.room_gib(self.device) * 2**30:
@@ -312,7 +315,10 @@ class Run(train.Run):
                 vocab=self.tokenizer.vocab_size, seed=config.seed,
             )  # fmt: skip
             folder, _, self.held_out = data.make(asked, os.cpu_count() or 1, self.say, self.tokenizer)
-            extra = teacher_cache.write(folder, self.teacher, config.topk, rows, self.say) if self.answers else ()
+            extra = ()
+            if self.answers:
+                with self.autocast():  # as a live teacher would be asked
+                    extra = teacher_cache.write(folder, self.teacher, config.topk, rows, self.say)
             loaders.append(data.Loader(folder, rows, seed=config.seed, extra=extra))
             prints.append(data.fingerprint(folder))
         self.loader, self.fingerprint = Staged(loaders, self.starts), " ".join(prints)

@@ -268,7 +268,7 @@ def parse(argv=None):
     flag = parser.add_argument
     flag("--checkpoint", help="folder of the model to compress; without it a preset's shapes by formula")
     flag("--preset", default="nano-12b", help="the shape to start from, without a checkpoint (nano-12b)")
-    flag("--out", default="search", help="folder for the plot, the record and the candidates (search)")
+    flag("--out", default="out/search", help="folder for the plot, the record and the candidates (out/search)")
     flag("--budget-gib", type=float, help="memory for weights and rows (the report's 75.4 %% of the whole model's)")
     flag("--budget-mib", type=float, help="the same for small models")
     flag("--context", type=int, default=CONTEXT, help="tokens in each row (131072)")

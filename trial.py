@@ -12,6 +12,7 @@ and a distillation that was stopped goes on.
 import time
 from pathlib import Path
 
+from device import choose_impl  # isort: skip  (before torch)
 import torch
 
 import distill
@@ -94,11 +95,14 @@ class Trial:
         asked = distill.DistillConfig(
             teacher=str(a.checkpoint), student=str(folder / "pruned"), out=str(folder / "distilled"), device=a.device,
             length=a.length, steps=a.steps, step_tokens=a.step_tokens, eval_count=a.eval_count, seed=a.seed, lr=a.lr,
+            compile="off",  # every candidate has shapes of its own
         )  # fmt: skip
         done = distill.run(asked)
         if done is None:
             raise KeyboardInterrupt
-        model = load_pretrained(folder / "distilled", self.device)[0]
+        dtype = torch.bfloat16 if self.device.type == "cuda" else None  # as it would be served
+        model = load_pretrained(folder / "distilled", self.device, dtype)[0]
+        model.use(choose_impl("auto", self.device, model.config)[0])
         return {
             "folder": str(folder / "distilled"), "config": model.config, "accuracy": done["after"]["exact"]["all"],
             "bits": done["after"]["bits"], "tokens_per_second": tokens_per_second(model, a.context),
