@@ -24,7 +24,7 @@ noise: two such models and random tokens measure a step's memory and speed, and 
 To follow one step: `Run.train`, `distill_step` (here), `distill_loss` (distill_loss.py), `_Slices` (loss.py). The run's
 files, log and resume are those of train.py.
 
-Source: report section 4.3 (logit distillation, stages of length, blends). Rates, lengths and steps are ours.
+Source: report section 4 (logit distillation, stages of length, blends). Rates, lengths and steps are ours.
 """
 
 import math

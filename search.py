@@ -30,7 +30,7 @@ next to each other. So it seems that something took between 0.48 and 0.83 GiB th
 say, as far as we know (activations of a prefill would be such a thing); the flag's default is 0.
 
 For another model the same sixteenths, shares and ratios are taken of its own sizes; its budget is by default the same
-share of its memory, 75.4 %. Source: report section 4.2. This file must not know how a candidate is made or trained.
+share of its memory, 75.4 %. Source: report section 4. This file must not know how a candidate is made or trained.
 """
 
 import argparse

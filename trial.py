@@ -1,9 +1,8 @@
 """One candidate of the search: cut, distilled for a while, asked, timed.
 
-A candidate is a shape until it is tried, and only trying says what it is worth: pruned models that are not distilled
-differ by more than they will after it, and not in the same order. So each gets the same teacher, tokens and steps, and
-then answers the same held-out questions. Speed is measured, not counted: two shapes of equal bytes are not equally
-fast.
+A candidate is a shape until it is tried, and only trying says what it is worth: the order of models that were pruned
+and not distilled says little about the order after it. So each gets the same teacher, tokens and steps, and then
+answers the same held-out questions. Speed is measured, not counted: two shapes of equal bytes are not equally fast.
 
 Everything lies in a folder of its own for each candidate, `pruned` and `distilled`; what is there is not made again,
 and a distillation that was stopped goes on.
