@@ -143,12 +143,17 @@ def fill_in(config, device):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW 0.9/0.95. Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and
-    offsets whose natural value is not zero."""
+    """AdamW 0.9/0.95."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def parameter_groups(model, weight_decay):
+    """Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and offsets whose
+    natural value is not zero."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 class Objective(nn.Module):
@@ -312,12 +317,16 @@ class Run:
         self.step, self.log, self.seconds_before = 0, [], 0.0
         if self.state_file.exists() or self.trunk:
             self.resume(self.state_file if self.state_file.exists() else self.trunk)
+        self.start_log()
+        self.clock = time.time()
+        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
+
+    def start_log(self):
+        """Write what is known of the run so far; `record` adds to it."""
         if self.rank == 0:
             temporary = self.out / "log.jsonl.tmp"  # a kill leaves the old log or the new one
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
             os.replace(temporary, self.out / "log.jsonl")
-        self.clock = time.time()
-        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
 
     def use_fp8(self):
         """Let the inner matmuls train in eight bits, and say which. Before anything is compiled."""
@@ -350,7 +359,7 @@ class Run:
             raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
             before = resume.peek_training(self.state_file).get("config", {})
-            unknown = {f.name: f.default for f in fields(TrainConfig)}  # to a folder made before there was such a flag
+            unknown = {f.name: f.default for f in fields(self.config)}  # to a folder made before there was such a flag
             before = unknown | before
             changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in self.settings.items() if before[k] != v]
             if changed:
@@ -414,7 +423,7 @@ class Run:
         """Steps until the last one; False if Ctrl-C or SIGTERM came first. Signals only take effect between steps."""
         config, signals = self.config, []
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, frame: signals.append(number) or _insist(signals))
+            signal.signal(name, lambda number, frame: signals.append(number) or insist(signals))
         questions = tasks.bench_questions()
         window = Window(self)
         self.model.train()
@@ -584,26 +593,26 @@ def _entry(line):
     return entry if isinstance(entry, dict) else {}
 
 
-def _insist(signals):
+def insist(signals):
     if len(signals) > 1:
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
-def parse(argv=None):
-    """TrainConfig from the command line: each field is a flag, its comment the help."""
+def parse(argv=None, kind=TrainConfig, file=__file__, description=__doc__):
+    """A `kind`, a dataclass written in `file`, from the command line: each field is a flag, its comment the help."""
     comments = {}
-    for line in Path(__file__).read_text("utf-8").splitlines():
+    for line in Path(file).read_text("utf-8").splitlines():
         name, _, comment = line.strip().partition("  # ")
         if ": " in name and " = " in name:
             comments.setdefault(name.split(":")[0], comment)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False)
     parser.error = evaluate.refuse
-    for f in fields(TrainConfig):
-        kind = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
+    for f in fields(kind):
+        of = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
         default = "suits the preset" if f.default is None else f.default
         text = (comments.get(f.name) or f.name.replace("_", " ")).replace("%", "%%")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"{text} ({default})")
-    return TrainConfig(**vars(parser.parse_args(argv)))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=of, default=f.default, help=f"{text} ({default})")
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):

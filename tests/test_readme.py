@@ -36,6 +36,10 @@ def shortened(command):
         return command + " --samples 8", ""
     if "evaluate.py" in command:
         return command + " --count 1 --no-text", ""
+    if "distill.py" in command:
+        return command + " --steps 4 --eval-count 1", ""
+    if "search.py --checkpoint" in command:
+        return command + " --steps 2 --eval-count 1 --samples 4 --candidates 1", ""
     return command, ""
 
 
