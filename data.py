@@ -96,14 +96,19 @@ def _examples(tokenizer, weights, seed, length):
         yield from fitting
 
 
+def _id_type(tokenizer):
+    return np.uint16 if tokenizer.vocab_size <= 65536 else np.int32
+
+
 def pack_shard(tokenizer, blend, texts, rows, length, seed):
-    """Packed rows: ids uint16, doc int16 and kind uint8, each (rows, length), and the tokens placed by source.
+    """Packed rows: ids uint16 (int32 if the vocabulary is larger), doc int16 and kind uint8, each (rows, length), and
+    the tokens placed by source.
 
     texts: {"prose": (ids, ends), "code": (ids, ends)}. The next document is taken from the source that is furthest
     behind its share. A task that does not fit any more waits for the next row; text fills the rest of this one. With no
     text in the blend the rest is padding: document -1, not learned.
     """
-    ids = np.zeros((rows, length), np.uint16)
+    ids = np.zeros((rows, length), _id_type(tokenizer))
     doc = np.full((rows, length), -1, np.int16)
     kind = np.zeros((rows, length), np.uint8)
     rng = Random(seed)
@@ -145,7 +150,7 @@ def pack_shard(tokenizer, blend, texts, rows, length, seed):
 # Preparing a data set on disk, once, with all cores
 # ---------------------------------------------------------------------------------------------------------------------
 
-ARRAYS = {"ids": np.uint16, "doc": np.int16, "kind": np.uint8}
+ARRAYS = {"ids": None, "doc": np.int16, "kind": np.uint8}  # ids as the vocabulary needs it
 SHARD_ROWS = 256
 
 
@@ -167,7 +172,7 @@ def _write_shard(job):
 def flatten(tokenizer, texts):
     """Texts as one array of ids and the end of each document in it."""
     encoded = tokenizer.encode_batch(texts)
-    return np.concatenate([np.asarray(e, np.uint16) for e in encoded]), np.cumsum([len(e) for e in encoded])
+    return np.concatenate([np.asarray(e, _id_type(tokenizer)) for e in encoded]), np.cumsum([len(e) for e in encoded])
 
 
 def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None, say=print):
@@ -181,8 +186,6 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     folder, phased = Path(folder), isinstance(blend, list)
     phases = list(zip(blend, rows, strict=True)) if phased else [(blend, rows)]
     rows = sum(n for _, n in phases) if all(n >= 1 for _, n in phases) else 0
-    if tokenizer.vocab_size > 65536:
-        raise ValueError(f"a vocabulary of {tokenizer.vocab_size} does not fit 16 bits: use at most 65,536 entries")
     if rows < 1 or length < 64:
         raise ValueError(f"a data set needs at least 1 row of at least 64 tokens; got {rows} rows of {length}")
     for part, _ in phases:
@@ -205,6 +208,7 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
     if "shares" in found and {k: found.get(k) for k in meta} == json.loads(json.dumps(meta)):
         return found["shares"]
     ours = [path for path in (folder, *folder.parents) if not path.exists()]
+    size = 3 + np.dtype(_id_type(tokenizer)).itemsize  # bytes a token of the three arrays
     try:
         _clear(folder)
         shares = _write(folder, tokenizer, phases, length, texts, seed, workers, say)
@@ -219,8 +223,8 @@ def prepare(folder, tokenizer, blend, rows, length, texts, seed=0, workers=None,
                 path.rmdir()
         if isinstance(error, OSError):
             raise ValueError(
-                f"cannot write {rows * length * 5 / 1e6:,.0f} MB of data to {folder} ({error.strerror or error}): free "
-                "some space, lower --data-rows, or give another --out"
+                f"cannot write {rows * length * size / 1e6:,.0f} MB of data to {folder} ({error.strerror or error}): "
+                "free some space, lower --data-rows, or give another --out"
             ) from None
         raise
     return meta["shares"]
@@ -261,14 +265,14 @@ def _write(folder, tokenizer, phases, length, texts, seed, workers, say):
     rows = sum(n for _, n in phases)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    if shutil.disk_usage(folder).free < rows * length * 5:  # bytes of the three arrays
+    if shutil.disk_usage(folder).free < rows * length * (3 + np.dtype(_id_type(tokenizer)).itemsize):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for source in {s for blend, _ in phases for s in blend.sources} & {"prose", "code"}:
         ids, ends = flatten(tokenizer, texts[source])
         np.save(folder / f"{source}.npy", ids)
         np.save(folder / f"{source}_ends.npy", ends)
     for name, dtype in ARRAYS.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (rows, length)).flush()
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype or _id_type(tokenizer), (rows, length)).flush()
         if hasattr(os, "posix_fallocate"):  # take the room now: a mapped file on a full disk would kill the writer
             with open(folder / f"{name}.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
@@ -290,9 +294,10 @@ def _write(folder, tokenizer, phases, length, texts, seed, workers, say):
     return [{k: v / sum(part.values()) for k, v in part.items()} for part in placed]
 
 
-def make(config, workers, say):
-    """(data folder, tokenizer, held-out texts) of a run: reads text, trains a tokenizer, packs rows, or finds them in
-    `out/data`. config has out, text, text_share, data_rows, batch_rows, phases, length, vocab, seed (see train.py)."""
+def make(config, workers, say, tokenizer=None):
+    """(data folder, tokenizer, held-out texts) of a run: reads text, trains a tokenizer if none is given, packs rows,
+    or finds them in `out/data`. config has out, text, text_share, data_rows, batch_rows, phases, length, vocab, seed
+    (see train.py)."""
     folder = Path(config.out) / "data"
     if config.data_rows * config.length < 20e6:
         workers = 1  # starting processes would take longer than the work
@@ -318,25 +323,31 @@ def make(config, workers, say):
         task_share, sources = 1 - config.text_share, {k: config.text_share * v for k, v in text_parts.items()}
         blend = Blend({"reasoning": 0.53 * task_share, "retrieval": 0.47 * task_share, **sources})
     used = {k: v for k, v in texts.items() if any(k in part.sources for part in (blend if shares else [blend]))}
-    try:  # the tokenizer that is there, if it was trained on this text
-        tokenizer = Tokenizer.load(folder)
-        if (tokenizer.vocab_size, _meta(folder).get("text")) != (config.vocab, digest(used)):
-            raise ValueError
-    except (ValueError, OSError):
-        start, stream = time.time(), tasks.blend(Random("tokenizer"))
-        examples = [s for s, _ in zip(stream, range(min(30 * config.vocab, 60_000)))]
-        chat = "System\n\nUser\n{}\nAssistant\n{}\n{}\n"
-        spoken = [chat.format(s.question, s.trace, s.answer) for s in examples]
-        sample = [
-            t for part in texts.values() for t in part[:: 1 + size // 8_000_000]
-        ]  # counts settle long before the end
-        tokenizer = train_bpe(spoken + sample, config.vocab)
-        say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
+    tokenizer = tokenizer or _own_tokenizer(folder, config.vocab, texts, digest(used), size, say)
     realised = prepare(folder, tokenizer, blend, rows, config.length, used, config.seed, workers, say)
     for i, (part, found) in enumerate(zip(blend, realised) if shares else [(blend, realised)], 1):
         line = ", ".join(f"{k} {v:.1%} / {part.sources[k]:.1%}" for k, v in found.items())
         say(f"  blend{f' {i}' if shares else ''}, realised / intended: {line}")
     return folder, tokenizer, held_out
+
+
+def _own_tokenizer(folder, vocab, texts, text, size, say):
+    """The tokenizer of a data folder that was trained on this text (a digest), or a new one."""
+    try:  # the tokenizer that is there, if it was trained on this text
+        tokenizer = Tokenizer.load(folder)
+        if (tokenizer.vocab_size, _meta(folder).get("text")) != (vocab, text):
+            raise ValueError
+    except (ValueError, OSError):
+        start, stream = time.time(), tasks.blend(Random("tokenizer"))
+        examples = [s for s, _ in zip(stream, range(min(30 * vocab, 60_000)))]
+        chat = "System\n\nUser\n{}\nAssistant\n{}\n{}\n"
+        spoken = [chat.format(s.question, s.trace, s.answer) for s in examples]
+        sample = [
+            t for part in texts.values() for t in part[:: 1 + size // 8_000_000]
+        ]  # counts settle long before the end
+        tokenizer = train_bpe(spoken + sample, vocab)
+        say(f"  tokenizer: byte-level BPE, {tokenizer.vocab_size} entries, {time.time() - start:.0f} s")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,13 +358,14 @@ def make(config, workers, say):
 class Loader:
     """Batches of packed rows in a shuffled order that a state of two integers describes.
 
+    extra: names of further arrays in the folder, with an entry for each row, to be handed out as they are.
     batch_rows: rows in a global batch; rank r of `world` gets rows r, r + world, ... of it, so ranks never share a row
     and the global batch does not depend on their number. An epoch's order is a permutation seeded by the epoch. part:
     (first row, rows) to read of the data set, by default all of it.
     """
 
-    def __init__(self, folder, batch_rows, rank=0, world=1, seed=0, part=None):
-        self.arrays = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+    def __init__(self, folder, batch_rows, rank=0, world=1, seed=0, part=None, extra=()):
+        self.arrays = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in (*ARRAYS, *extra)]
         self.rows, self.length = self.arrays[0].shape
         self.first, self.rows = part or (0, self.rows)
         if batch_rows > self.rows:
@@ -374,8 +386,8 @@ class Loader:
         self._ahead = self._reader.submit(self._read, self.epoch, self.position)
 
     def next(self):
-        """(ids, doc, kind): int64, int64 and uint8 arrays of this rank's rows, (batch_rows / world, length). One batch
-        is read ahead in a thread while the last one is trained on."""
+        """(ids, doc, kind, *extra): int64, int64 and uint8 arrays of this rank's rows, (batch_rows / world, length),
+        and those of `extra`. One batch is read ahead in a thread while the last one is trained on."""
         batch, self.epoch, self.position = self._ahead.result()
         self._ahead = self._reader.submit(self._read, self.epoch, self.position)
         return batch
@@ -386,8 +398,8 @@ class Loader:
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.rows)
         mine = self.first + np.sort(self._order[1][position + self.rank : position + self.batch_rows : self.world])
-        ids, doc, kind = (array[mine] for array in self.arrays)
-        return (ids.astype(np.int64), doc.astype(np.int64), kind), epoch, position + self.batch_rows
+        ids, doc, *rest = (array[mine] for array in self.arrays)
+        return (ids.astype(np.int64), doc.astype(np.int64), *rest), epoch, position + self.batch_rows
 
 
 class PhasedLoader:

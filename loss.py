@@ -9,7 +9,8 @@ slice of tokens can be finished on the spot: logits, loss, gradient, and what th
 weight; then the slice's memory is free for the next. The work is the same. What must be known beforehand is which
 tokens count, because the weight's gradient is summed over them; a common factor may come later.
 
-`plain_loss` is the definition; `sliced_loss` is the same function, and `next_token_loss` chooses. Source of the idea:
+`plain_loss` is the definition; `sliced_loss` is the same function, and `next_token_loss` chooses. `in_slices` is the
+frame, for any loss of a token's logits (distill_loss.py has others). Source of the idea:
 Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989).
 """
 
@@ -28,7 +29,7 @@ def next_token_loss(x, weight, targets, learned, impl="torch"):
     """
     large = 4 * targets.numel() * weight.shape[0] > SLICE  # the plain form's logits are float32
     # float16 needs the loss scaled before the gradient is rounded, and here the factor comes after
-    if x.is_cuda and (large or impl == "triton") and _product_dtype(x) != torch.float16:
+    if x.is_cuda and (large or impl == "triton") and product_dtype(x) != torch.float16:
         return sliced_loss(x, weight, targets, learned, impl)
     return plain_loss(x, weight, targets, learned)
 
@@ -41,12 +42,32 @@ def plain_loss(x, weight, targets, learned):
 
 def sliced_loss(x, weight, targets, learned, impl="torch", size=None):
     """As `next_token_loss`; `size`: logits at a time, by default as many as fit into SLICE bytes."""
-    dtype = _product_dtype(x)
-    total, nll = _Slices.apply(x.flatten(0, -2), weight, targets.flatten(), learned.flatten(), dtype, impl, size)
-    return total, nll.view_as(targets)
+    if impl == "triton":
+        from kernels.cross_entropy import cross_entropy_ as finish_
+
+        held = product_dtype(x)  # it reads and writes the products' own dtype: twice as many logits to a slice
+    else:
+        finish_, held = cross_entropy_, torch.promote_types(x.dtype, torch.float32)
+    targets, learned = targets.flatten(), learned.flatten()
+    finish = lambda logits, part, gradient: finish_(logits, targets[part], learned[part], gradient)
+    return in_slices(x, weight, learned, finish, held, size)
 
 
-def _product_dtype(x):
+def in_slices(x, weight, learned, finish, held, size=None):
+    """The frame of every loss that is a sum over tokens, each a function of the token's logits alone.
+
+    x (..., d), weight (vocab, d), learned bool, one for each token. finish(logits, part, gradient): `logits` (t, vocab)
+    in dtype `held` are those of the tokens that the slice object `part` names, counted over all axes but the last;
+    returns the losses (t,), and if `gradient`, leaves in `logits` the gradient of their sum over the learned tokens.
+    Returns that sum, and the loss of every token, in x's shape without d and without a gradient.
+    """
+    flat = x.flatten(0, -2)
+    size = size or SLICE // held.itemsize
+    total, losses = _Slices.apply(flat, weight, learned.flatten(), finish, product_dtype(x), held, size)
+    return total, losses.view(x.shape[:-1])
+
+
+def product_dtype(x):
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -62,19 +83,12 @@ def cross_entropy_(logits, targets, learned, gradient=True):
 
 
 class _Slices(torch.autograd.Function):
-    """x (t, d), weight (vocab, d), targets and learned (t,). The products are made in `dtype`, sums in float32."""
+    """x (t, d), weight (vocab, d), learned (t,). The products are made in `dtype`, sums in float32."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, learned, dtype, impl, size):
+    def forward(ctx, x, weight, learned, finish, dtype, held, size):
         wide = torch.promote_types(x.dtype, torch.float32)
-        if impl == "triton":  # reads and writes the products' own dtype: twice as many logits to a slice
-            from kernels import cross_entropy
-
-            finish, held = cross_entropy.cross_entropy_, dtype
-        else:
-            finish, held = cross_entropy_, wide
-        size = size or SLICE // held.itemsize
-        nll = x.new_empty(len(x), dtype=wide)
+        losses = x.new_empty(len(x), dtype=wide)
         gradients = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if gradients else None
         dweight = torch.zeros_like(weight, dtype=wide) if gradients else None
@@ -85,7 +99,7 @@ class _Slices(torch.autograd.Function):
                 part = slice(start, start + step)
                 features = x[part].to(dtype)
                 logits = (features @ head.t()).to(held)
-                nll[part] = finish(logits, targets[part], learned[part], gradients)
+                losses[part] = finish(logits, part, gradients)
                 if gradients:
                     d = logits.to(dtype)
                     dx[part] = d @ head
@@ -94,8 +108,8 @@ class _Slices(torch.autograd.Function):
         if gradients:
             ctx.save_for_backward(dx, dweight)
             ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(nll)
-        return (nll * learned).sum(), nll
+        ctx.mark_non_differentiable(losses)
+        return (losses * learned).sum(), losses
 
     @staticmethod
     @once_differentiable

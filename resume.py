@@ -166,7 +166,9 @@ def _check_training(path, file, keys, metadata, model, optimizer, groups):
     for key, target in wanted.items():
         shape, stored = tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()
         fits = shape == tuple(target.shape) and (key in moments or stored == STORED_AS[target.dtype])
-        if not fits and not (key in moments and shape == ()):  # a step is a count, not a table
+        size = target.numel()  # a step is a count; means over rows or columns (lean.py) are lists
+        lists = [(), (len(target),), (size // len(target),)] if key in moments and target.dim() else [()]
+        if not fits and not (key in moments and shape in lists):
             raise CheckpointError(
                 f"{path} holds {key} as {stored} {shape}, but this model needs {STORED_AS[target.dtype]} "
                 f"{tuple(target.shape)}: it is from another version"

@@ -8,22 +8,20 @@ train.py` does the same job on N processes (parallel.py).
 To follow one training step, read in this order: `Loader.next` (data.py), `Objective.forward` and `train_step` (here),
 `NemotronH.features` (model.py), `Mamba2Mixer.forward` (mamba2.py). This file must not know alignment.
 
-Source: report section 2.2-2.4 (warmup-stable-decay, AdamW 0.9/0.95, weight decay 0.1). Learning rates, batch sizes and
-step counts are ours: what a model of this size needs.
+The flags are in settings.py, the lines of the log in progress.py. Source: report section 2.2-2.4 (warmup-stable-decay,
+AdamW 0.9/0.95, weight decay 0.1). Learning rates, batch sizes and step counts are ours.
 """
 
-import argparse
 import json
-import math
 import os
 import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from device import choose_device, choose_dtype, choose_fp8, choose_impl, memory_gib, peak_flops  # isort: skip
+from device import choose_device, choose_dtype, choose_fp8, choose_impl  # isort: skip
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -42,100 +40,10 @@ import tasks
 from generate import answer
 from loss import next_token_loss
 from model import PRESETS, build
+from progress import Window, entry_of
 from schedule import wsd
-from sizes import describe, flops_per_token
-
-
-@dataclass
-class TrainConfig:
-    """Every field is a flag. None means: what suits the preset (see RUNS) or the machine."""
-
-    preset: str = "auto"  # nano-1m on a CPU, nano-12m on a GPU, or any name in model.py's PRESETS
-    out: str = "out"  # the folder for log, plot, checkpoint and data; a run found there is resumed
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16: what the matrix products run in; weights stay float32
-    impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
-    compile: str = "auto"  # auto, on or off: torch.compile; auto means on a GPU
-    fp8: str = "off"  # off, emulate or real: inner matmuls in eight bits; emulate runs anywhere, real needs Hopper
-    steps: int | None = None  # optimizer steps
-    batch_rows: int | None = None  # rows in an optimizer step, all processes together; the first to lower for speed
-    length: int | None = None  # tokens in a row; lower it when memory runs out
-    accumulate: int = 1  # split a step's rows into this many parts; raise it when memory runs out
-    parallel: str = "ddp"  # ddp or fsdp: under torchrun each process holds the model whole, or one part of it
-    recompute: str = "off"  # off or layers: layers forget what the backward needs and compute it again, to save memory
-    lr: float | None = None  # peak learning rate
-    warmup: float = 0.02  # share of the steps in which the rate rises
-    decay: float | None = None  # share of the steps, at the end, in which it falls to a hundredth
-    decay_shape: str = "linear"  # how it falls: linear, cosine, exponential or minus_sqrt
-    branch: str = ""  # folder of a run: go on from where its rate began to fall, with other --steps or --decay-shape
-    weight_decay: float = 0.1
-    clip: float = 1.0  # the gradient's norm is cut to this
-    vocab: int | None = None  # entries of the tokenizer, trained on the machine's own text
-    text: str | None = None  # a text file, or a folder of them, in place of the installed text
-    text_share: float | None = None  # share of text in the tokens; the rest is tasks
-    phases: str = ""  # shares of the run at which the data blend changes: 0.6,0.9 as in the report; empty: one blend
-    data_rows: int | None = None  # packed rows to prepare; read again from the start when used up
-    seed: int = 0
-    log_every: int | None = None  # steps between lines
-    sample_every: int | None = None  # steps between the questions it answers as it trains; 0 for never
-    save_every: int | None = None  # steps between saves
-    phase_eval: int = 4  # with --phases: held-out questions for each family and level where a phase or the fall begins
-    eval_count: int | None = None  # held-out questions for each family and level at the end; 0 for none
-
-
-RUNS = {  # what suits a preset; any other preset starts from the last
-    "nano-1m": dict(steps=1700, batch_rows=8, length=256, lr=2e-3, decay=0.4, vocab=512, text_share=0.05,
-                    data_rows=13_600, log_every=25, sample_every=170, save_every=100, eval_count=20),
-    "nano-12m": dict(steps=2500, batch_rows=128, length=512, lr=1.5e-3, decay=0.3, vocab=4096, text_share=0.1,
-                     data_rows=160_000, log_every=50, sample_every=500, save_every=500, eval_count=64),
-}  # fmt: skip
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fill_in(config, device):
-    """The config with every None replaced by what suits the preset; ValueError for what makes no sense."""
-    if config.preset == "auto":
-        config = replace(config, preset="nano-12m" if device.type == "cuda" else "nano-1m")
-    if config.preset not in PRESETS:
-        raise ValueError(f"--preset {config.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
-    run = RUNS.get(config.preset, list(RUNS.values())[-1])
-    config = replace(config, **{k: v for k, v in run.items() if getattr(config, k) is None})
-    at_least = dict(steps=1, batch_rows=1, length=64, accumulate=1, log_every=1, sample_every=0, save_every=1,
-                    eval_count=0, phase_eval=0, data_rows=1, seed=0, weight_decay=0, warmup=0, decay=0)  # fmt: skip
-    for name, low in at_least.items():
-        if not getattr(config, name) >= low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(config, name)}")
-    for name in ("lr", "clip"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name} must be a finite number above 0; got {getattr(config, name)}")
-    for name, limit in (("weight_decay", math.inf), ("seed", 2**63)):
-        if getattr(config, name) >= limit:
-            raise ValueError(f"--{name.replace('_', '-')} must be below {limit}; got {getattr(config, name)}")
-    for name in ("out", "text"):
-        if getattr(config, name) == "":
-            raise ValueError(f"--{name} is empty: give a path, or leave the flag out")
-    if config.warmup + config.decay > 1:
-        raise ValueError(
-            f"--warmup {config.warmup} and --decay {config.decay} are shares of the run: together at most 1"
-        )
-    if config.decay_shape not in schedule.SHAPES:
-        raise ValueError(f"--decay-shape {config.decay_shape!r} is not one of {', '.join(schedule.SHAPES)}")
-    if not 0 <= config.text_share <= 1:
-        raise ValueError(f"--text-share is a share between 0 and 1; got {config.text_share}")
-    if config.phases:
-        curriculum.starts(config.steps, curriculum.boundaries(config.phases))
-        curriculum.blends(config.text_share, {})
-    if config.batch_rows % config.accumulate:
-        raise ValueError(
-            f"--batch-rows {config.batch_rows} cannot be split into --accumulate {config.accumulate} parts"
-        )
-    if config.compile not in ("auto", "on", "off"):
-        raise ValueError(f"--compile {config.compile!r} is not one of auto, on, off")
-    return replace(config, data_rows=max(config.data_rows, config.batch_rows))
-
+from settings import NOT_THE_RUN, RUNS, TrainConfig, fill_in, parse  # noqa: F401  (a run and its flags: one import)
+from sizes import describe
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a training step
@@ -143,12 +51,17 @@ def fill_in(config, device):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW 0.9/0.95. Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and
-    offsets whose natural value is not zero."""
+    """AdamW 0.9/0.95."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def parameter_groups(model, weight_decay):
+    """Decay pulls matrices and embeddings only; norms, A_log, D, dt_bias and biases are scales and offsets whose
+    natural value is not zero."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 class Objective(nn.Module):
@@ -202,23 +115,6 @@ def train_step(objective, optimizer, scaler, batch, config, autocast, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-NOT_THE_RUN = {
-    "out",
-    "device",
-    "dtype",
-    "impl",
-    "compile",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "eval_count",
-    "phase_eval",
-    "accumulate",
-    "parallel",
-    "recompute",
-}
 
 
 class Run:
@@ -312,12 +208,16 @@ class Run:
         self.step, self.log, self.seconds_before = 0, [], 0.0
         if self.state_file.exists() or self.trunk:
             self.resume(self.state_file if self.state_file.exists() else self.trunk)
+        self.start_log()
+        self.clock = time.time()
+        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
+
+    def start_log(self):
+        """Write what is known of the run so far; `record` adds to it."""
         if self.rank == 0:
             temporary = self.out / "log.jsonl.tmp"  # a kill leaves the old log or the new one
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
             os.replace(temporary, self.out / "log.jsonl")
-        self.clock = time.time()
-        self.say(f"ready after {self.clock - self.started:.0f} s; training (Ctrl-C saves)")
 
     def use_fp8(self):
         """Let the inner matmuls train in eight bits, and say which. Before anything is compiled."""
@@ -350,7 +250,7 @@ class Run:
             raise ValueError(f"--out {self.out} cannot be used, because {there} {why}: give another folder")
         if self.state_file.exists():
             before = resume.peek_training(self.state_file).get("config", {})
-            unknown = {f.name: f.default for f in fields(TrainConfig)}  # to a folder made before there was such a flag
+            unknown = {f.name: f.default for f in fields(self.config)}  # to a folder made before there was such a flag
             before = unknown | before
             changed = [f"{k} {before[k]!r} -> {v!r}" for k, v in self.settings.items() if before[k] != v]
             if changed:
@@ -371,7 +271,7 @@ class Run:
         self.scaler.load_state_dict(loop["scaler"])
         log = file.parent / "log.jsonl"
         if self.rank == 0 and log.exists():  # forget what was logged after the checkpoint
-            entries = map(_entry, log.read_text("utf-8", "replace").splitlines())
+            entries = map(entry_of, log.read_text("utf-8", "replace").splitlines())
             kept = (e for e in entries if e.keys() & {"loss", "boundary"})
             self.log = [e for e in kept if e.get("step", 0) <= self.step]
         what = "resume    " if file == self.state_file else f"branch    from {file} "
@@ -414,7 +314,7 @@ class Run:
         """Steps until the last one; False if Ctrl-C or SIGTERM came first. Signals only take effect between steps."""
         config, signals = self.config, []
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, frame: signals.append(number) or _insist(signals))
+            signal.signal(name, lambda number, frame: signals.append(number) or insist(signals))
         questions = tasks.bench_questions()
         window = Window(self)
         self.model.train()
@@ -521,49 +421,6 @@ class Run:
         return result
 
 
-class Window:
-    """What happened since the last line of the log."""
-
-    def __init__(self, run):
-        self.run, self.peak = run, peak_flops(run.device)
-        self.flops = 3 * flops_per_token(run.model_config, run.config.length)  # forward and backward
-        self.open()
-
-    def open(self):
-        self.sums = torch.zeros(5, device=self.run.device)
-        self.start, self.waited, self.first = time.time(), 0.0, self.run.step
-
-    def close(self, norm, rate):
-        """One line for people, one entry for log.jsonl (returned). ValueError if the loss is no longer a number."""
-        run, config = self.run, self.run.config
-        if run.world > 1:
-            dist.all_reduce(self.sums)
-        task, text, tasks_n, text_n, text_bytes = self.sums.tolist()  # waits for the device
-        elapsed, steps = time.time() - self.start, run.step - self.first
-        speed = steps * run.tokens / elapsed
-        entry = {
-            "step": run.step, "tokens": run.step * run.tokens, "seconds": round(run.seconds(), 2),
-            "loss": (task + text) / max(1, tasks_n + text_n), "task_loss": task / max(1, tasks_n),
-            "bits_per_byte": text / math.log(2) / text_bytes if text_bytes else None, "norm": norm.item(), "lr": rate,
-            "phase": curriculum.phase_of(run.step - 1, run.starts) + 1,
-            "tokens_per_second": speed, "mfu": speed * self.flops / self.peak / run.world if self.peak else None,
-            "memory_gib": memory_gib(run.device), "waiting": self.waited / elapsed,
-        }  # fmt: skip
-        if not math.isfinite(entry["loss"]):
-            raise ValueError(f"the loss is {entry['loss']} at step {run.step}: lower --lr (now {config.lr:g})")
-        bits = f"{entry['bits_per_byte']:.2f} bits/byte  " if text_bytes else ""
-        peak = " of the bf16 peak" if run.fp8 == "real" else ""
-        mfu = f"MFU {entry['mfu']:.1%}{peak}  " if self.peak else ""
-        left = (config.steps - run.step) * elapsed / steps / 60
-        run.say(
-            f"step {run.step:5d}/{config.steps}  loss {entry['loss']:.3f}  tasks {entry['task_loss']:.3f}  {bits}"
-            f"norm {entry['norm']:.2f}  lr {rate:.1e}  {speed:,.0f} tok/s  {mfu}{entry['memory_gib']:.1f} GiB  "
-            f"waiting {entry['waiting']:.1%}  {left:.1f} min left"
-        )
-        self.open()
-        return entry
-
-
 def run(config):
     """Train, or go on training; returns the closing record, or None if it was stopped."""
     job = Run(config)
@@ -575,40 +432,14 @@ def run(config):
     return result
 
 
-def _entry(line):
-    """A line of log.jsonl; {} for one that a kill cut short."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-def _insist(signals):
+def insist(signals):
     if len(signals) > 1:
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
-def parse(argv=None):
-    """TrainConfig from the command line: each field is a flag, its comment the help."""
-    comments = {}
-    for line in Path(__file__).read_text("utf-8").splitlines():
-        name, _, comment = line.strip().partition("  # ")
-        if ": " in name and " = " in name:
-            comments.setdefault(name.split(":")[0], comment)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = evaluate.refuse
-    for f in fields(TrainConfig):
-        kind = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
-        default = "suits the preset" if f.default is None else f.default
-        text = (comments.get(f.name) or f.name.replace("_", " ")).replace("%", "%%")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"{text} ({default})")
-    return TrainConfig(**vars(parser.parse_args(argv)))
-
-
 def main(argv=None):
     try:
-        run(parse(argv))
+        run(parse(argv, description=__doc__))
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@
 import json
 from itertools import islice
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,13 +246,24 @@ def test_an_unfinished_folder_is_made_anew_and_other_files_are_left_alone(folder
         (dict(texts={}), "no such text"),
         (dict(blend=Blend({"code": 1})), "no such text"),
         (dict(rows=10**15), "free some space"),
-        (dict(tokenizer=SimpleNamespace(vocab_size=65537)), "at most 65,536"),
     ],
 )
 def test_what_cannot_be_prepared_leaves_nothing(tmp_path, tokenizer, texts, change, words):
     with pytest.raises(ValueError, match=words):
         prepare(tmp_path / "a" / "data", **(settings(tokenizer, texts) | change))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_vocabulary_above_16_bits(tmp_path, tokenizer, texts):
+    """The same rows, each id 70,000 higher; padding aside."""
+    higher = lambda ids: {k: i + 70_000 for k, i in ids.items()}
+    wide = Tokenizer(higher(tokenizer.ranks), higher(tokenizer.specials), tokenizer.pattern)
+    for name, used in (("a", tokenizer), ("b", wide)):
+        prepare(tmp_path / name, **settings(used, texts))
+    (ids, doc, kind), (wide_ids, *rest) = read(tmp_path / "a"), read(tmp_path / "b")
+    assert all(np.array_equal(x, y) for x, y in zip((doc, kind), rest))
+    assert ids.dtype == np.uint16 and wide_ids.max() > 65536
+    assert np.array_equal(np.where(doc >= 0, ids.astype(np.int64) + 70_000, 0), wide_ids)
 
 
 def test_the_tokenizer_of_another_text_is_not_used(tmp_path):

@@ -26,14 +26,20 @@ def shortened(command):
         return None, "run by CI itself"
     if command.startswith(("python3 -m venv", "source ", "pip install")):
         return None, "set-up, done by make"
-    if "nano-12m" in command or "cuda" in command or "Nemotron-Nano" in command:
+    if any(needed in command for needed in ("nano-12m", "out12", "cuda", "Nemotron-Nano")):
         return None, "needs a GPU or a released checkpoint"
     if command.startswith("make train"):
         return f'make train ARGS="{SHORT}"', ""
     if "train.py" in command:
         return command + " " + SHORT, ""
+    if "prune.py" in command:
+        return command + " --samples 8", ""
     if "evaluate.py" in command:
         return command + " --count 1 --no-text", ""
+    if "distill.py" in command:
+        return command + " --steps 4 --eval-count 1", ""
+    if "search.py --checkpoint" in command:
+        return command + " --steps 2 --eval-count 1 --samples 4 --candidates 1", ""
     return command, ""
 
 
