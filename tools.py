@@ -1,0 +1,320 @@
+"""A database to call tools on: requests, reference solutions, and a checker that looks at the records afterwards.
+
+The idea. Whether a model can use tools is not seen in what it says but in what it leaves behind. Here is a world small
+enough to check everything: a few records, a key (`a3`) and a value (10 to 99) each, which the model cannot see. It is
+told which tools there are, is asked for something, writes calls, reads what comes back, and ends with an answer:
+
+    System     <AVAILABLE_TOOLS>["get key", "delete key", "set key value"]</AVAILABLE_TOOLS>
+    User       Move a3 to k7.
+    Assistant  <TOOLCALL>[{"name": "get", "arguments": {"key": "a3"}}]</TOOLCALL>
+    User       <TOOL_RESPONSE>[41]</TOOL_RESPONSE>
+    Assistant  <TOOLCALL>[{"name": "set", "arguments": {"key": "k7", "value": 41}}]</TOOLCALL>
+    User       <TOOL_RESPONSE>["ok"]</TOOL_RESPONSE>
+    ...
+    Assistant  done
+
+An episode counts (`Play.success`) if the records and the answer are the reference's; the way there is free. Requests
+that a guess could satisfy ask for the value as well. Two kinds ask for restraint: in `lacking` one needed tool is not
+offered, and the answer names it ("cannot: delete") without a call; in `unrelated` the question needs no tool at all.
+
+The layout of calls and results is the chat template's (template.py), so a conversation played here is rendered like any
+other. The list of tools is ours: a name and its arguments, since JSON schemas and the template's two sentences are 250
+tokens in a vocabulary of 512 entries and would say no more. Tags and JSON are ordinary text.
+
+Whether a request is "train" or "test" is decided by a hash of its text, as in tasks.py. This file must not know tokens
+or models. The rule "keep what leaves the right state" is report section 3.1's for tool data, and WorkBench's (Styles et
+al. 2024), which the report tunes on in section 3.2.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from random import Random
+
+import tasks
+
+TOOLS = {
+    "get": ("key",),
+    "set": ("key", "value"),
+    "delete": ("key",),
+    "count": ("letter",),
+    "list": ("letter",),
+}
+OPEN, CLOSE = "<TOOLCALL>", "</TOOLCALL>"
+MOST_TURNS = 6  # of the assistant; the longest reference has 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the assistant: its thought, and either calls [(name, arguments)] or, if there are none, an answer."""
+
+    trace: str
+    calls: tuple = ()
+    answer: str = ""
+
+    @property
+    def text(self):
+        """What the assistant writes after its thought; the same that template.py makes of `tool_calls`."""
+        if not self.calls:
+            return self.answer
+        return OPEN + json.dumps([{"name": name, "arguments": arguments} for name, arguments in self.calls]) + CLOSE
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A request, the records before and after, and a reference solution whose last turn is the answer."""
+
+    kind: str
+    tools: tuple[str, ...]
+    records: dict[str, int]
+    request: str
+    turns: tuple[Turn, ...]
+    final: dict[str, int]
+
+    @property
+    def answer(self):
+        return self.turns[-1].answer
+
+    def messages(self):
+        """The conversation before the assistant's first turn."""
+        offered = json.dumps([" ".join((name, *TOOLS[name])) for name in self.tools])
+        system = f"<AVAILABLE_TOOLS>{offered}</AVAILABLE_TOOLS>"
+        return [{"role": "system", "content": system}, {"role": "user", "content": self.request}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The database
+
+
+def run_tool(records, name, arguments):
+    """Do one call on `records` (changed in place); returns what JSON can hold. ValueError, in words, for a bad call."""
+    if name not in TOOLS:
+        raise ValueError(f"no tool {name}")
+    if not isinstance(arguments, dict) or set(arguments) != set(TOOLS[name]):
+        raise ValueError(f"{name} takes {', '.join(TOOLS[name])}")
+    subject = arguments[TOOLS[name][0]]
+    if not isinstance(subject, str):
+        raise ValueError(f"{TOOLS[name][0]} must be text")
+    if name in ("count", "list"):
+        found = sorted(key for key in records if key.startswith(subject))
+        return len(found) if name == "count" else found
+    if name == "get":
+        return records.get(subject)
+    if name == "set":
+        if type(arguments["value"]) is not int:
+            raise ValueError("value must be a whole number")
+        records[subject] = arguments["value"]
+        return "ok"
+    return "ok" if records.pop(subject, None) is not None else None
+
+
+def run_call(records, text, offered=tuple(TOOLS)):
+    """Do the calls in what an assistant wrote, `...<TOOLCALL>[...]</TOOLCALL>`; records change in place.
+
+    Returns the results as JSON texts, one a call, for messages with role tool; a call that cannot be done gives an
+    error for the model to read and changes nothing. Nothing that the model writes is ever executed but these five
+    tools. Text that holds no list of calls gives one error.
+    """
+    body = text.partition(OPEN)[2].partition(CLOSE)[0]
+    try:
+        calls = json.loads(body)
+        if not isinstance(calls, list) or not calls or CLOSE not in text:
+            raise ValueError
+    except (ValueError, RecursionError):
+        return [json.dumps("error: not a list of calls")]
+    results = []
+    for call in calls:
+        try:
+            if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+                raise ValueError("a call has a name and arguments")
+            if call["name"] not in offered:
+                raise ValueError(f"no tool {call['name']}")
+            results.append(json.dumps(run_tool(records, call["name"], call["arguments"])))
+        except (ValueError, TypeError) as error:
+            results.append(json.dumps(f"error: {error}"))
+    return results
+
+
+class Play:
+    """An episode being played: `messages` so far, `records` as they are now, and the `answer` once there is one.
+
+    play = Play(episode)
+    while not play.done:
+        play.say(what the model writes after its thought, given play.messages)
+    play.success()
+    """
+
+    def __init__(self, episode):
+        self.episode, self.records = episode, dict(episode.records)
+        self.messages, self.answer, self.calls, self.turns = episode.messages(), None, 0, 0
+
+    @property
+    def done(self):
+        return self.answer is not None or self.turns == MOST_TURNS
+
+    def say(self, text):
+        """Take one turn of the assistant: calls are done and answered, anything else ends the episode."""
+        self.turns += 1
+        self.messages = [*self.messages, {"role": "assistant", "content": text}]
+        if OPEN not in text:
+            self.answer = text
+            return
+        results = run_call(self.records, text, self.episode.tools)
+        self.calls += len(results)
+        self.messages = [*self.messages, *({"role": "tool", "content": result} for result in results)]
+
+    def success(self):
+        """True if the records and the answer are the reference's, and no tool was called where none was needed."""
+        episode = self.episode
+        needless = self.calls > 0 and len(episode.turns) == 1
+        answered = self.answer is not None and self.answer.split() == episode.answer.split()
+        return answered and not needless and self.records == episode.final
+
+
+def replay(episode, upto=None):
+    """The play after the first `upto` turns of the reference (None: all of them)."""
+    play = Play(episode)
+    for turn in episode.turns[:upto]:
+        play.say(turn.text)
+    return play
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests: each maker returns (request, turns); `have` are keys with a record, `free` keys without
+
+get = lambda key: ("get", {"key": key})
+put = lambda key, value: ("set", {"key": key, "value": value})
+drop = lambda key: ("delete", {"key": key})
+
+
+def _turns(*steps, answer, last=""):
+    """Turns from lists of calls; the thought before calls says what they do, the thought before the answer is `last` or
+    the answer."""
+    said = lambda calls: "\n".join(" ".join(["-", name, *map(str, arguments.values())]) for name, arguments in calls)
+    return (*(Turn(said(calls), tuple(calls)) for calls in steps), Turn(last or f"- {answer}", answer=answer))
+
+
+def _look(rng, records, have, free):
+    key = rng.choice(free if rng.random() < 0.25 else have)
+    answer = str(records.get(key, "none"))
+    return f"What is {key}?", _turns([get(key)], answer=answer)
+
+
+def _put(rng, records, have, free):
+    key, value = rng.choice(have + free), rng.randint(10, 99)
+    return f"Set {key} to {value}.", _turns([put(key, value)], answer="done")
+
+
+def _drop(rng, records, have, free):
+    key = rng.choice(have)
+    return f"Delete {key}.", _turns([drop(key)], answer="done")
+
+
+def _count(rng, records, have, free):
+    letter = rng.choice(have)[0]
+    n = sum(key[0] == letter for key in records)
+    return f"How many keys start with {letter}?", _turns([("count", {"letter": letter})], answer=str(n))
+
+
+def _list(rng, records, have, free):
+    letter = rng.choice(have)[0]
+    found = sorted(key for key in records if key[0] == letter)
+    return f"Which keys start with {letter}?", _turns([("list", {"letter": letter})], answer=" ".join(found))
+
+
+def _greater(rng, records, have, free):
+    a, b = rng.sample(have, 2)
+    best = max(a, b, key=records.get)
+    return f"Which is greater, {a} or {b}?", _turns([get(a), get(b)], answer=f"{best} {records[best]}")
+
+
+def _copy(rng, records, have, free):
+    a, b = rng.choice(have), rng.choice(free)
+    return f"Copy {a} to {b}.", _turns([get(a)], [put(b, records[a])], answer="done")
+
+
+def _raise(rng, records, have, free):
+    """The thought before the second call adds the way tasks.py's stories do; the sum stays below 100."""
+    key = rng.choice([k for k in have if records[k] < 99] or [have[0]])
+    k = rng.randint(1, max(1, min(9, 99 - records[key])))
+    total, unit = records[key] + k, records[key] % 10
+    first, second, last = _turns([get(key)], [put(key, total)], answer=str(total))
+    sums = f"{records[key]}+{k}: {unit}+{k}={unit + k:02d} -> {total}"
+    return f"Add {k} to {key}.", (first, Turn(f"{sums}\n{second.trace}", second.calls), last)
+
+
+def _limit(rng, records, have, free):
+    key, limit = rng.choice(have), rng.randrange(20, 90, 10)
+    value, request = records[key], f"Delete {key} if it is above {limit}."
+    if value > limit:
+        return request, _turns([get(key)], [drop(key)], answer=f"deleted {value}")
+    return request, _turns([get(key)], answer=f"kept {value}")
+
+
+def _move(rng, records, have, free):
+    a, b = rng.choice(have), rng.choice(free)
+    return f"Move {a} to {b}.", _turns([get(a)], [put(b, records[a])], [drop(a)], answer="done")
+
+
+def _swap(rng, records, have, free):
+    a, b = rng.sample(have, 2)
+    return f"Swap {a} and {b}.", _turns([get(a), get(b)], [put(a, records[b]), put(b, records[a])], answer="done")
+
+
+REQUESTS: dict[str, Callable] = {
+    "look": _look, "put": _put, "drop": _drop, "count": _count, "list": _list, "greater": _greater,
+    "copy": _copy, "raise": _raise, "limit": _limit, "move": _move, "swap": _swap,
+}  # fmt: skip
+KINDS = (*REQUESTS, "lacking", "unrelated")
+SEVERAL = ("copy", "raise", "limit", "move", "swap")  # a result decides the next call
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def split_of(request):
+    """Returns "train" or "test", decided by the request alone; one in tasks.TEST_SHARE is "test"."""
+    digest = blake2b(f"tools\n{request}".encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") % tasks.TEST_SHARE == 0 else "train"
+
+
+def sample(kind: str, rng: Random, split: str = "train") -> Episode:
+    """One episode of one kind, drawn until its request falls in the split. ValueError for an unknown kind or split."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of tool request {kind!r}: choose one of {', '.join(KINDS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    while True:
+        letters = rng.sample(tasks.LETTERS, 4)  # few letters, so that several keys share one
+        keys = rng.sample([a + d for a in letters for d in "0123456789"], 10)
+        have, free = keys[:6], keys[6:]
+        records = dict(zip(have, rng.sample(range(10, 100), 6)))
+        if kind == "unrelated":
+            task = tasks.sample(rng.choice(("add", "reverse", "sort", "word")), 1, rng, split)
+            request, turns, needed = task.question, (Turn(task.trace, answer=task.answer),), set()
+        else:
+            make = rng.choice(list(REQUESTS)) if kind == "lacking" else kind
+            request, turns = REQUESTS[make](rng, records, have, free)
+            needed = {name for turn in turns for name, _ in turn.calls}
+            if split_of(request) != split:
+                continue
+        others = [name for name in TOOLS if name not in needed]
+        offered = [*needed, *rng.sample(others, rng.randint(min(1, len(others)), min(3, len(others))))]
+        if kind == "lacking":
+            gone = rng.choice(sorted(needed))
+            offered.remove(gone)
+            turns = (Turn(f"- no {gone}", answer=f"cannot: {gone}"),)
+        offered = sorted(offered)
+        rng.shuffle(offered)
+        final = dict(records)
+        for turn in turns:
+            for name, arguments in turn.calls:
+                run_tool(final, name, arguments)
+        return Episode(kind, tuple(offered), records, request, turns, final)
+
+
+def draw(rng: Random, split: str = "train", kinds=KINDS) -> Episode:
+    """One episode of a kind drawn at random."""
+    return sample(rng.choice(kinds), rng, split)
