@@ -22,8 +22,8 @@ other. The list of tools is ours: a name and its arguments, since JSON schemas a
 tokens in a vocabulary of 512 entries and would say no more. Tags and JSON are ordinary text.
 
 Whether a request is "train" or "test" is decided by a hash of its text, as in tasks.py. This file must not know tokens
-or models. Sources: the report keeps the tool conversations that a rule verifies, and tunes with WorkBench (Styles et al.
-2024), whose checker looks at a database's state too; cases of restraint follow When2Call, which is in its data.
+or models. Sources: the report keeps the tool conversations that a rule verifies, and tunes with WorkBench (Styles et
+al. 2024), whose checker looks at a database's state too; cases of restraint follow When2Call, which is in its data.
 """
 
 import json
