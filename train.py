@@ -589,21 +589,21 @@ def _insist(signals):
         raise KeyboardInterrupt  # asked twice: stop at once; the last save stands
 
 
-def parse(argv=None):
-    """TrainConfig from the command line: each field is a flag, its comment the help."""
+def parse(argv=None, kind=TrainConfig, file=__file__, doc=__doc__):
+    """A dataclass from the command line: each field is a flag, its comment in `file` the help."""
     comments = {}
-    for line in Path(__file__).read_text("utf-8").splitlines():
+    for line in Path(file).read_text("utf-8").splitlines():
         name, _, comment = line.strip().partition("  # ")
         if ": " in name and " = " in name:
             comments.setdefault(name.split(":")[0], comment)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.error = evaluate.refuse
-    for f in fields(TrainConfig):
-        kind = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
+    for f in fields(kind):
+        of = next((t for t in (int, float) if t.__name__ in str(f.type)), str)
         default = "suits the preset" if f.default is None else f.default
         text = (comments.get(f.name) or f.name.replace("_", " ")).replace("%", "%%")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f"{text} ({default})")
-    return TrainConfig(**vars(parser.parse_args(argv)))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=of, default=f.default, help=f"{text} ({default})")
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):
