@@ -135,27 +135,33 @@ def encode(tokenizer, example: Example, cut: float | None = None) -> tuple[list[
     return prompt + said, len(prompt)
 
 
+def check_length(tokenizer, mix, length, count=60):
+    """ValueError if more than a tenth of a skill's examples are longer than a row: the rest would not stand for it."""
+    for skill in mix:
+        rng = Random(f"length {skill}")
+        lengths = sorted(len(encode(tokenizer, SKILLS[skill](rng, "train"))[0]) for _ in range(count))
+        long = sum(n > length for n in lengths)
+        if long > count / 10:
+            raise ValueError(
+                f"rows of {length} tokens are too short: {long} of {count} examples of {skill} are longer, the longest "
+                f"has {lengths[-1]}; raise --length"
+            )
+
+
 def step_examples(tokenizer, mix, tokens, length, name, off=0.1, cut=0.0, cut_range=(0.0, 1.0), split="train"):
     """The examples of one step, [(ids, start, Example)], at least `tokens` tokens in all; `name` seeds the draw.
 
-    Those longer than `length` are drawn anew. cut: share of the thoughts that are cut; cut_range: which share of such a
-    thought stays, drawn evenly. Raises ValueError where hardly anything fits.
+    Those longer than `length` are drawn anew (see `check_length`). cut: share of the thoughts that are cut; cut_range:
+    which share of such a thought stays, drawn evenly.
     """
-    rng, drawn, total, long = Random(name), [], 0, 0
+    rng, drawn, total = Random(name), [], 0
     while total < tokens:
         example = draw(rng, mix, off, split)
         share = rng.uniform(*cut_range) if example.trace is not None and rng.random() < cut else None
         ids, start = encode(tokenizer, example, share)
-        if len(ids) > length:
-            long += 1
-            if long > 50 + 3 * len(drawn):
-                raise ValueError(
-                    f"rows of {length} tokens are too short: {long} of {long + len(drawn)} examples are longer, the "
-                    f"last has {len(ids)}; raise --length"
-                )
-            continue
-        drawn.append((ids, start, replace(example, cut=share is not None)))
-        total += len(ids)
+        if len(ids) <= length:
+            drawn.append((ids, start, replace(example, cut=share is not None)))
+            total += len(ids)
     return drawn
 
 

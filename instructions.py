@@ -11,8 +11,9 @@ That is training data, a skill to measure, and later a reward that cannot be arg
 prompt's conditions, and prompts for which it finds none are not asked, so none contradicts itself.
 
 Conditions that could exclude each other (two lengths, two orders) share a group, and a prompt takes at most one of a
-group. Strict: one failed condition fails the prompt, and so does a word that is not of the kind asked for; `follows`
-gives the conditions one by one. IFEval's loose variant forgives wrappings that models of this size do not write.
+group. Strict: one failed condition fails the prompt, and so does a word that is not of the kind asked for, or an
+endless list; `follows` gives the conditions one by one. IFEval's loose variant forgives wrappings that models of this
+size do not write.
 
 A thought lists the words with numbers, one a line, which is what makes lengths easy. "Train" or "test" is decided by a
 hash of the prompt with its conditions sorted. This file must not know tokens or models.
@@ -34,6 +35,7 @@ KINDS = {
     "things": ("bag", "bed", "book", "box", "coin", "cup", "desk", "door", "key", "lamp", "pen", "rope", "sock"),
 }
 MARKS = "!?."
+LONGEST = 8  # words of an answer; without a limit "door door door ..." would follow most conditions
 
 
 def words(text: str) -> list[str]:
@@ -138,8 +140,8 @@ def follows(prompt: Prompt, text: str) -> list[bool]:
 
 
 def on_topic(prompt: Prompt, text: str) -> bool:
-    """True if the answer has words, and all of them are of the kind asked for."""
-    return bool(words(text)) and set(words(text)) <= set(KINDS[prompt.kind])
+    """True if the answer has 1 to LONGEST words, and all of them are of the kind asked for."""
+    return 0 < len(words(text)) <= LONGEST and set(words(text)) <= set(KINDS[prompt.kind])
 
 
 def check(prompt: Prompt, text: str) -> bool:

@@ -187,7 +187,8 @@ def run(config, say=print):
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage(name, config.checkpoint, config.out, settings, say)
-    first, tokens = batch(tokenizer, config, 0)  # what does not fit is said before anything is written
+    conversations.check_length(tokenizer, conversations.MIX[config.stage], config.length)
+    first, tokens = batch(tokenizer, config, 0)
 
     say(f"stage     {name} from {config.checkpoint} ({parameters:,} parameters), into {config.out}")
     say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")

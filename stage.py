@@ -77,7 +77,7 @@ class Stage:
         self.state_file = self.out / "training.safetensors"
         self.step, self.log, self.stopped, self.before = 0, [], False, 0.0
         self.history = require(name, checkpoint)
-        if self.out.absolute() == Path(checkpoint).absolute():
+        if self.out.resolve() == Path(checkpoint).resolve():
             raise ValueError(f"--out {out} is --checkpoint itself: a stage needs a folder of its own")
         self._check_out()
 
@@ -201,7 +201,8 @@ def plot(log, path, left, right, title=""):
             if points:
                 axis.plot(*zip(*points), "-" if axis is axes[0] else "o-", markersize=3, label=key)
         axis.set(xlabel="step")
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     axes[0].set(title=title)
     axes[1].set(ylim=(-0.03, 1.03), title="skills on held-out prompts")
     figure.tight_layout()

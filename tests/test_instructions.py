@@ -44,11 +44,11 @@ def test_every_rule_has_a_case_and_there_are_enough():
 
 def test_references_satisfy_their_prompts_and_use_every_rule():
     rng, used = Random(0), set()
-    for i in range(1500):
-        prompt, trace, answer = sample(rng, 1 + i % len(I.GROUPS))
+    for i in range(600):
+        prompt, trace, answer = sample(rng, 1 + i % 5)
         assert all(follows(prompt, answer)) and check(prompt, answer), (prompt, answer)
         assert [line.split()[1] for line in trace.split("\n")] == I.words(answer)
-        assert len({RULES[name].group for name, _ in prompt.rules}) == len(prompt.rules) == 1 + i % len(I.GROUPS)
+        assert len({RULES[name].group for name, _ in prompt.rules}) == len(prompt.rules) == 1 + i % 5
         assert all(RULES[name].say.format(argument) in prompt.text for name, argument in prompt.rules)
         used |= {name for name, _ in prompt.rules}
     assert used == set(RULES)
@@ -70,6 +70,7 @@ def test_several_at_once_are_told_apart():
 def test_other_words_are_off_topic_even_if_all_conditions_hold():
     prompt = Prompt("animals", (("exactly", 2),))
     assert follows(prompt, "red blue") == [True] and not on_topic(prompt, "red blue") and not check(prompt, "red blue")
+    assert on_topic(prompt, "cat " * I.LONGEST) and not on_topic(prompt, "cat " * (I.LONGEST + 1))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "!", "42", "- "])
