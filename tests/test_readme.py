@@ -32,6 +32,10 @@ def shortened(command):
         return f'make train ARGS="{SHORT}"', ""
     if "train.py" in command:
         return command + " " + SHORT, ""
+    if "sft.py" in command:
+        return command + " --steps 3 --batch-rows 2 --skills-every 2 --skills-count 1 --eval-count 1", ""
+    if "skills.py" in command:
+        return command + " --count 1 --budgets 0 8", ""
     if "evaluate.py" in command:
         return command + " --count 1 --no-text", ""
     return command, ""
