@@ -16,6 +16,7 @@ told which tools there are, is asked for something, writes calls, reads what com
 An episode counts (`Play.success`) if the records and the answer are the reference's; the way there is free. Requests
 that a guess could satisfy ask for the value as well. Two kinds ask for restraint: in `lacking` one needed tool is not
 offered, and the answer names it ("cannot: delete") without a call; in `unrelated` the question needs no tool at all.
+In `limit` the first result decides whether there is a second call.
 
 The layout of calls and results is the chat template's (template.py), so a conversation played here is rendered like any
 other. The list of tools is ours: a name and its arguments, since JSON schemas and the template's two sentences are 250
@@ -181,85 +182,101 @@ def replay(episode, upto=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Requests: each maker returns (request, turns); `have` are keys with a record, `free` keys without
+# Requests: each maker returns what `_solve` does; `have` are keys with a record, `free` keys without
 
 get = lambda key: ("get", {"key": key})
 put = lambda key, value: ("set", {"key": key, "value": value})
 drop = lambda key: ("delete", {"key": key})
 
 
-def _turns(*steps, answer, last=""):
-    """Turns from lists of calls; the thought before calls says what they do, the thought before the answer is `last` or
-    the answer."""
-    said = lambda calls: "\n".join(" ".join(["-", name, *map(str, arguments.values())]) for name, arguments in calls)
-    return (*(Turn(said(calls), tuple(calls)) for calls in steps), Turn(last or f"- {answer}", answer=answer))
+def _solve(records, request, *steps, answer, before=None, needed=None):
+    """(request, turns, needed tools) from lists of calls and the answer behind them.
+
+    A thought repeats the request, then says what is known and what follows: before the first calls the tools that it
+    takes, later the records that were read, then `before` ({number of a turn: a line}), then the calls or the answer.
+    """
+    needed = needed or tuple(dict.fromkeys(name for calls in steps for name, _ in calls))
+    turns, last = [], []
+    for i, calls in enumerate([*steps, ()]):
+        lines = [f"takes {' '.join(needed)}"] if i == 0 else []
+        lines += [
+            f"{arguments['key']} = {records.get(arguments['key'], 'none')}" for name, arguments in last if name == "get"
+        ]
+        lines += [before[i]] if before and i in before else []
+        lines += [" ".join([name, *map(str, arguments.values())]) for name, arguments in calls] or [str(answer)]
+        thought = "\n".join([request, *(f"- {line}" for line in lines)])
+        turns.append(Turn(thought, tuple(calls), "" if calls else str(answer)))
+        last = calls
+    return request, tuple(turns), needed
 
 
 def _look(rng, records, have, free):
     key = rng.choice(free if rng.random() < 0.25 else have)
-    answer = str(records.get(key, "none"))
-    return f"What is {key}?", _turns([get(key)], answer=answer)
+    return _solve(records, f"What is {key}?", [get(key)], answer=records.get(key, "none"))
 
 
 def _put(rng, records, have, free):
     key, value = rng.choice(have + free), rng.randint(10, 99)
-    return f"Set {key} to {value}.", _turns([put(key, value)], answer="done")
+    return _solve(records, f"Set {key} to {value}.", [put(key, value)], answer="done")
 
 
 def _drop(rng, records, have, free):
     key = rng.choice(have)
-    return f"Delete {key}.", _turns([drop(key)], answer="done")
+    return _solve(records, f"Delete {key}.", [drop(key)], answer="done")
 
 
 def _count(rng, records, have, free):
     letter = rng.choice(have)[0]
     n = sum(key[0] == letter for key in records)
-    return f"How many keys start with {letter}?", _turns([("count", {"letter": letter})], answer=str(n))
+    return _solve(records, f"How many keys start with {letter}?", [("count", {"letter": letter})], answer=n)
 
 
 def _list(rng, records, have, free):
     letter = rng.choice(have)[0]
-    found = sorted(key for key in records if key[0] == letter)
-    return f"Which keys start with {letter}?", _turns([("list", {"letter": letter})], answer=" ".join(found))
+    found = " ".join(sorted(key for key in records if key[0] == letter))
+    return _solve(records, f"Which keys start with {letter}?", [("list", {"letter": letter})], answer=found)
 
 
 def _greater(rng, records, have, free):
     a, b = rng.sample(have, 2)
     best = max(a, b, key=records.get)
-    return f"Which is greater, {a} or {b}?", _turns([get(a), get(b)], answer=f"{best} {records[best]}")
+    answer = f"{best} {records[best]}"
+    return _solve(records, f"Which is greater, {a} or {b}?", [get(a), get(b)], answer=answer)
 
 
 def _copy(rng, records, have, free):
     a, b = rng.choice(have), rng.choice(free)
-    return f"Copy {a} to {b}.", _turns([get(a)], [put(b, records[a])], answer="done")
+    return _solve(records, f"Copy {a} to {b}.", [get(a)], [put(b, records[a])], answer="done")
 
 
 def _raise(rng, records, have, free):
-    """The thought before the second call adds the way tasks.py's stories do; the sum stays below 100."""
-    key = rng.choice([k for k in have if records[k] < 99] or [have[0]])
-    k = rng.randint(1, max(1, min(9, 99 - records[key])))
+    """The sum is worked out the way tasks.py's stories do it, and stays below 100."""
+    key = rng.choice([k for k in have if records[k] < 99])
+    k = rng.randint(1, min(9, 99 - records[key]))
     total, unit = records[key] + k, records[key] % 10
-    first, second, last = _turns([get(key)], [put(key, total)], answer=str(total))
     sums = f"{records[key]}+{k}: {unit}+{k}={unit + k:02d} -> {total}"
-    return f"Add {k} to {key}.", (first, Turn(f"{sums}\n{second.trace}", second.calls), last)
+    return _solve(records, f"Add {k} to {key}.", [get(key)], [put(key, total)], answer=total, before={1: sums})
 
 
 def _limit(rng, records, have, free):
     key, limit = rng.choice(have), rng.randrange(20, 90, 10)
-    value, request = records[key], f"Delete {key} if it is above {limit}."
-    if value > limit:
-        return request, _turns([get(key)], [drop(key)], answer=f"deleted {value}")
-    return request, _turns([get(key)], answer=f"kept {value}")
+    value, request, needed = records[key], f"Delete {key} if it is above {limit}.", ("get", "delete")
+    above = value > limit
+    return _solve(
+        records, request, [get(key)], *[[drop(key)]] * above, answer=f"{'deleted' if above else 'kept'} {value}",
+        before={1: f"{value} {'>' if above else '<='} {limit}"}, needed=needed,
+    )  # fmt: skip
 
 
 def _move(rng, records, have, free):
     a, b = rng.choice(have), rng.choice(free)
-    return f"Move {a} to {b}.", _turns([get(a)], [put(b, records[a])], [drop(a)], answer="done")
+    return _solve(records, f"Move {a} to {b}.", [get(a)], [put(b, records[a])], [drop(a)], answer="done")
 
 
 def _swap(rng, records, have, free):
     a, b = rng.sample(have, 2)
-    return f"Swap {a} and {b}.", _turns([get(a), get(b)], [put(a, records[b]), put(b, records[a])], answer="done")
+    crossed = [put(a, records[b]), put(b, records[a])]
+    return _solve(records, f"Swap {a} and {b}.", [get(a), get(b)], crossed, answer="done")
 
 
 REQUESTS: dict[str, Callable] = {
@@ -293,19 +310,19 @@ def sample(kind: str, rng: Random, split: str = "train") -> Episode:
         records = dict(zip(have, rng.sample(range(10, 100), 6)))
         if kind == "unrelated":
             task = tasks.sample(rng.choice(("add", "reverse", "sort", "word")), 1, rng, split)
-            request, turns, needed = task.question, (Turn(task.trace, answer=task.answer),), set()
+            request, turns, needed = task.question, (Turn(task.trace, answer=task.answer),), ()
         else:
             make = rng.choice(list(REQUESTS)) if kind == "lacking" else kind
-            request, turns = REQUESTS[make](rng, records, have, free)
-            needed = {name for turn in turns for name, _ in turn.calls}
+            request, turns, needed = REQUESTS[make](rng, records, have, free)
             if split_of(request) != split:
                 continue
         others = [name for name in TOOLS if name not in needed]
         offered = [*needed, *rng.sample(others, rng.randint(min(1, len(others)), min(3, len(others))))]
         if kind == "lacking":
-            gone = rng.choice(sorted(needed))
+            gone = rng.choice(needed)
             offered.remove(gone)
-            turns = (Turn(f"- no {gone}", answer=f"cannot: {gone}"),)
+            known = turns[0].trace.split("\n")[:2]  # the request and the tools it takes
+            turns = (Turn("\n".join([*known, f"- no {gone}"]), answer=f"cannot: {gone}"),)
         offered = sorted(offered)
         rng.shuffle(offered)
         final = dict(records)

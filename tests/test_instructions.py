@@ -9,8 +9,10 @@ from instructions import RULES, Prompt, check, follows, on_topic, respond, sampl
 
 CASES = [  # rule, argument, an answer that follows, one that does not
     ("exactly", 3, "cat dog owl", "cat dog"),
-    ("at least", 3, "cat dog owl fox", "cat dog"),
+    ("at least", 3, "cat dog owl", "cat dog"),
+    ("at least", 3, "cat dog owl fox", "cat"),
     ("at most", 2, "cat dog", "cat dog owl"),
+    ("at most", 2, "cat", "cat dog owl fox"),
     ("without letter", "o", "cat hen", "cat owl"),
     ("letter twice", "a", "cat bat", "cat dog"),
     ("with word", "dog", "cat dog", "cat owl"),

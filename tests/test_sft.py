@@ -281,6 +281,23 @@ def test_a_stopped_run_goes_on_to_the_bit(go):
     assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_after_a_crash_the_steps_since_the_last_save_are_made_again_and_logged_once(go, monkeypatch):
+    whole, _ = go("whole")
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    real = stage.Stage.record
+    monkeypatch.setattr(stage.Stage, "record", lambda job, e: crash() if job.step == 4 else real(job, e))
+    out, _ = go("crashed", "--save-every", 3, code=130)
+    monkeypatch.undo()
+    assert max(losses(out)) == 4
+    _, printed = go("crashed", "--save-every", 3)
+    assert "resume    at step 3" in printed and same(whole, out)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [s for s in steps if s <= 6] == [1, 2, 3, 4, 5, 6] and losses(out) == losses(whole)
+
+
 def test_looking_at_the_skills_on_the_way_changes_nothing(go):
     one, _ = go("quiet", "--steps", 3)
     two, printed = go("watched", "--steps", 3, "--skills-every", 2, "--skills-count", 1, "--eval-count", 1)

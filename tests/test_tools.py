@@ -83,6 +83,14 @@ def test_values_are_hidden_and_tools_that_are_needed_are_offered():
             assert len(episode.turns) == 1 and episode.final == episode.records
 
 
+def test_whether_a_tool_is_lacking_does_not_hang_on_what_cannot_be_seen():
+    """`limit` may or may not come to delete: both tools are offered, or the one that is not is named."""
+    for i in range(200):
+        episode = tools.sample("limit", Random(i))
+        assert {"get", "delete"} <= set(episode.tools)
+        assert episode.turns[0].trace.split("\n")[1] == "- takes get delete"
+
+
 def test_chains_need_what_an_earlier_call_returned():
     for episode in episodes(10, kinds=("copy", "raise", "move", "swap")):
         assert sum(bool(turn.calls) for turn in episode.turns) >= 2
