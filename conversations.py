@@ -189,15 +189,17 @@ def packed(examples, length, reset=True):
 def alone(examples, tokens):
     """The same, one example a row, as parts of at most `tokens` tokens with padding: a list of (ids, doc, learned).
 
-    Examples of like length share a part, so little is padding.
+    Examples of like length share a part, so little is padding; a part is a multiple of 16 long, so that a GPU's kernels
+    are not made anew for every length.
     """
+    room = lambda ids: -(-len(ids) // 16) * 16
     parts, part = [], []
     for ids, start, *_ in sorted(examples, key=lambda e: -len(e[0])):
-        if part and (len(part) + 1) * len(part[0][0][0]) > tokens:
+        if part and (len(part) + 1) * room(part[0][0][0]) > tokens:
             parts.append(part)
             part = []
         part.append([(ids, start)])
-    return [_rows(part, len(part[0][0][0]), True) for part in [*parts, part]]
+    return [_rows(part, room(part[0][0][0]), True) for part in [*parts, part]]
 
 
 def _rows(rows, length, reset):

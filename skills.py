@@ -8,6 +8,7 @@ are measured, by programs, on held-out prompts, greedily:
     tools         episodes whose records and answer are right at the end (tools.py); chain: those where a result
                   decides the next call
     instructions  prompts with all conditions met (instructions.py, strict); conditions: one by one
+    recall        long conversations whose last question refers back to their first turn, answered right
     well formed   of the questions with a thought: exactly one `</think>`, then an answer, then the end of the turn
 
 A control without empty thoughts in its training fails "obeyed": it thinks aloud behind the empty thought.
@@ -31,6 +32,7 @@ from random import Random
 
 from device import choose_device, choose_impl  # isort: skip  (before torch)
 
+import conversations
 import instructions
 import tasks
 import tools
@@ -156,11 +158,21 @@ def instruction_following(model, tokenizer, count, seed=0, thinking=True):
     return {"instructions": share(strict), "conditions": share(flag for flags in met for flag in flags)}
 
 
+def recall(model, tokenizer, count, seed=0, thinking=True):
+    """{"recall": share of `count` held-out long conversations that are answered right}."""
+    asked = [conversations.SKILLS["long"](Random(f"{seed} {i}"), "test") for i in range(count)]
+    prompts = [chat_prompt(tokenizer, example.messages, thinking) for example in asked]
+    room = ROOM + max(len(tokenizer.encode(f"{e.trace}\n\n{e.answer}\n")) for e in asked)
+    done = generate(model, tokenizer, prompts, room, thinking=thinking)
+    return {"recall": share(e.answer == c.answer for e, c in zip(asked, done))}
+
+
 def table(model, tokenizer, count, seed=0):
     """All skills of a model, {name: share}, from `count` held-out prompts each."""
     found = reasoning(model, tokenizer, count, seed)
     found |= tool_success(model, tokenizer, count, seed)
-    return found | instruction_following(model, tokenizer, count, seed)
+    found |= instruction_following(model, tokenizer, count, seed)
+    return found | recall(model, tokenizer, count, seed)
 
 
 def format_line(found):

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from fine_tuned import base_model, speaker, vocabulary
 
+import conversations
 import instructions
 import skills
 import tools
@@ -38,6 +39,8 @@ def references(tokenizer):
             learn("tools", tools.replay(episode, n).messages, turn.trace, turn.text)
         prompt, trace, answer = instructions.sample(Random(f"0 {i}"), 1 + i % 3, "test")
         learn("words", [{"role": "user", "content": prompt.text}], trace, answer)
+        e = conversations.SKILLS["long"](Random(f"0 {i}"), "test")
+        learn("long", e.messages, e.trace, e.answer)
     return known
 
 
@@ -59,7 +62,18 @@ def table(monkeypatch, tokenizer, speak):
 
 def test_who_knows_everything_gets_full_marks(monkeypatch, tokenizer, references):
     found = table(monkeypatch, tokenizer, knowing(references))
-    names = ["on", "off", "obeyed", "well formed", "tools", "chain", "restraint", "instructions", "conditions"]
+    names = [
+        "on",
+        "off",
+        "obeyed",
+        "well formed",
+        "tools",
+        "chain",
+        "restraint",
+        "instructions",
+        "conditions",
+        "recall",
+    ]
     assert list(found) == names and set(found.values()) == {1.0}
 
 
@@ -72,6 +86,11 @@ FAULTS = {  # what is changed: (marks that fall to nothing, by a speaker that ..
         {"on", "well formed"}, lambda k, t, a, on: f"{t}\n</think>\n</think>\n{a}\n" if on and k == "task" else None),
     "never answers": (
         {"on", "well formed"}, lambda k, t, a, on: f"{t}\n" if on and k == "task" else None),
+    "does not end": (
+        {"on", "off", "obeyed", "well formed"},
+        lambda k, t, a, on: (f"{t}\n</think>\n" * on + "1 " * 400) if k == "task" else None),
+    "forgets": (
+        {"recall"}, lambda k, t, a, on: f"{t}\n</think>\nno\n" if k == "long" else None),
     "is wrong with a thought": (
         {"on"}, lambda k, t, a, on: f"{t}\n</think>\nno\n" if on and k == "task" else None),
     "calls nothing": (
@@ -129,7 +148,7 @@ def test_the_script_asks_a_real_model(tmp_path, tokenizer, capsys):
     flags = ["--checkpoint", str(tmp_path), "--device", "cpu", "--count", "2"]
     assert skills.main([*flags, "--json", "--curve", "--budgets", "0", "4"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert len(result["skills"]) == 9 and [e["budget"] for e in result["curve"]] == [0, 4, None]
+    assert len(result["skills"]) == 10 and [e["budget"] for e in result["curve"]] == [0, 4, None]
     assert skills.main(flags) == 0 and "on 0%" in capsys.readouterr().out
 
 
