@@ -152,12 +152,13 @@ def step_examples(tokenizer, mix, tokens, length, name, off=0.1, cut=0.0, cut_ra
     """The examples of one step, [(ids, start, Example)], at least `tokens` tokens in all; `name` seeds the draw.
 
     Those longer than `length` are drawn anew (see `check_length`). cut: share of the thoughts that are cut; cut_range:
-    which share of such a thought stays, drawn evenly.
+    from which to which share of such a thought stays, less rather than more: the square of an even draw.
     """
-    rng, drawn, total = Random(name), [], 0
+    rng, drawn, total, (low, high) = Random(name), [], 0, cut_range
     while total < tokens:
         example = draw(rng, mix, off, split)
-        share = rng.uniform(*cut_range) if example.trace is not None and rng.random() < cut else None
+        chosen = example.trace is not None and rng.random() < cut
+        share = low + (high - low) * rng.random() ** 2 if chosen else None
         ids, start = encode(tokenizer, example, share)
         if len(ids) <= length:
             drawn.append((ids, start, replace(example, cut=share is not None)))
