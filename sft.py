@@ -90,7 +90,7 @@ NOT_THE_RUN = {
     "save_every",
     "eval_count",
 }
-FILL = 0.9  # of rows times length: how many tokens a step draws, so that packing needs no row more
+FILL = 0.9  # of rows times length: how many tokens a step draws, so that packing rarely needs a row more
 
 
 def fill_in(config, parameters):
