@@ -194,7 +194,7 @@ def plot(log, path, left, right, title=""):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.5))
     for axis, keys in zip(axes, (left, right)):
         for key in keys:
             points = [(e["step"], e[key]) for e in log if e.get(key) is not None]
@@ -202,7 +202,7 @@ def plot(log, path, left, right, title=""):
                 axis.plot(*zip(*points), "-" if axis is axes[0] else "o-", markersize=3, label=key)
         axis.set(xlabel="step")
         if axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0].set(title=title)
     axes[1].set(ylim=(-0.03, 1.03), title="skills on held-out prompts")
     figure.tight_layout()
