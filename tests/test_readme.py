@@ -34,6 +34,10 @@ def shortened(command):
         return command + " " + SHORT, ""
     if "prune.py" in command:
         return command + " --samples 8", ""
+    if "sft.py" in command:
+        return command + " --steps 3 --batch-rows 2 --skills-every 2 --skills-count 1 --eval-count 1", ""
+    if "skills.py" in command:
+        return command + " --count 1 --budgets 0 8", ""
     if "evaluate.py" in command:
         return command + " --count 1 --no-text", ""
     if "distill.py" in command:
