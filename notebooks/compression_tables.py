@@ -6,6 +6,7 @@
 means over seeds, in brackets the least and the most.
 """
 
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -44,11 +45,21 @@ def several(values, form):
     return f"{statistics.mean(values):{form}}{spread}"
 
 
+def holds(runs, names, value, strict=False):
+    """In how many seeds value(run) is lowest at the first of the arms `names`, or with `strict` rises from arm to arm;
+    of the seeds that have them all."""
+    of = [{r["seed"]: value(r) for r in runs.get(name, [])} for name in names]
+    seeds = set.intersection(*map(set, of))
+    rows = [[values[seed] for values in of] for seed in seeds]
+    kept = [row == sorted(set(row)) if strict else row[0] < min([*row[1:], math.inf]) for row in rows]
+    return f"{sum(kept)} of {len(kept)} seeds"
+
+
 def best_arm(record):
-    """The run of the target's shape whose mean over seeds is the most exact."""
+    """The trained run of the target's shape whose mean over seeds is the most exact."""
     means = {}
     for run in record["runs"]:
-        if run.get("part") == "recovery" and run.get("exact"):
+        if run.get("part") == "recovery" and run["tokens"] and run.get("exact"):
             means.setdefault(run["arm"], []).append(shares(run)["exact"]["all"])
     return max(means, key=lambda arm: statistics.mean(means[arm])) if means else None
 
@@ -78,7 +89,7 @@ def axes_tables(runs):
         else:
             ways.append([f"{axis} {whole} -> {size}", *by, several([o["rescaled"] for o in ones], ".3f")])
     text = [
-        f"What a cut costs before any distillation: loss on fresh rows, nats a token; {len(runs)} seeds, "
+        f"What a cut costs before any distillation: loss on fresh rows, nats a token; {len(runs)} seed(s), "
         f"{len(next(iter(cuts.values()))[0]['random'])} random cuts of each size and seed; mean (least to most):",
         table(["cut", "ranked", "random", "reversed", "in this order (mean of random), seeds",
                "random cuts that ranked beats"], rows),
@@ -146,6 +157,13 @@ def tables(record):
         bits = [f"{kind}, bits" for kind in runs[names[0]][0]["bits"]]
         gaps = [f"gap closed, {kind}" for kind in (*kinds, *runs[names[0]][0]["bits"])] if part == "recovery" else []
         text += [title, table([*head, *kinds, *bits, *gaps], rows)]
+        exact = lambda r: -shares(r)["exact"].get("all", 0)
+        if part == "depth":
+            by = [holds(runs, names, value, strict=True) for value in (lambda r: r["loss"], exact)]
+            text.append(f"With every step of depth the loss rises in {by[0]}, and exact answers fall in {by[1]}.")
+        elif part == "width":
+            by = [holds(runs, names, value) for value in (lambda r: r["loss"], exact)]
+            text.append(f"{names[0]!r} has the lowest loss in {by[0]}, and the most exact answers in {by[1]}.")
 
     best = best_arm(record)
     shown = [a for a in dict.fromkeys(("parent", "pruned", "kl", best)) if a in runs and runs[a][0].get("exact")]

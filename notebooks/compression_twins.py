@@ -16,9 +16,10 @@ Runs of a seed start from the same parent; those of one shape from the same cut,
 are scored on the same held-out text and questions. "The gap closed" is the share of the way from the cut model to the
 parent.
 
-What changes in recovery, beside the loss: the peak rate; half the rows in twice the steps; every token counts, also
-those of prompts, which the parent never learned to predict; a *better cut*, in which neurons are measured after their
-activation and narrower norms made up for; layers first, and the widths after half of the tokens, as in the report.
+What changes in recovery, beside the loss: the peak rate; half or a quarter of the rows in more steps; every token
+counts, also those of prompts, which the parent never learned to predict; a *better cut*, in which neurons are measured
+after their activation and narrower norms made up for; layers first, and the widths after half of the tokens, as in the
+report.
 
 A worker process does several runs one after another; several workers share a GPU, because small kernels leave most of
 it idle. Runs are not compiled: at some hundred steps each, with shapes of their own, that would take longer than it
@@ -99,6 +100,7 @@ ARMS = {  # the first ones first, should time run out
     "kl, better cut": Arm("recovery", better=True),
     "kl, layers first": Arm("recovery", apart=True),
     "kl, prompts too": Arm("recovery", prompts=True),
+    "kl, better cut, a quarter of the rows": Arm("recovery", better=True, rows=0.25),
 }
 EQUAL = None  # neurons: as many as make the parameters those of "width 0"
 SHAPES = {  # (hidden, neurons, Mamba heads) and the layers removed
@@ -122,6 +124,7 @@ SHAPES = {  # (hidden, neurons, Mamba heads) and the layers removed
     },
 }
 ROWS = {"nano-12m": 16, "nano-1m": 8}  # in a step of distillation
+USUAL = dict(preset="nano-12m", steps=1000, rows=64, length=0, count=32)
 AXES = {"hidden_size": "embedding channels", "intermediate_size": "FFN neurons", "mamba_num_heads": "Mamba heads",
         "mamba_head_dim": "head channels"}  # fmt: skip
 
@@ -383,8 +386,9 @@ def launch(args, gpu, seed, names):
 def start_record(args, out):
     """What the record is about. ValueError if --work or `out` holds other runs."""
     record = {
-        "command": f"python notebooks/compression_twins.py --steps {args.steps} --rows {args.rows}"
-        + f" --preset {args.preset}" * (args.preset != "nano-12m"),
+        "command": "python notebooks/compression_twins.py" + "".join(
+            f" --{name} {getattr(args, name)}" for name, usual in USUAL.items() if getattr(args, name) != usual
+        ),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__,
         "date": date.today().isoformat(), "preset": args.preset, "steps": args.steps, "rows": args.rows,
         "length": args.length or RUNS[args.preset]["length"], "count": args.count, "runs": [], "memory": [],
@@ -480,11 +484,15 @@ def main(argv=None):
     parser.add_argument("--first-seed", type=int, default=0, help="to add seeds to a record that is there (0)")
     parser.add_argument("--out", default="assets/compression_twins.json", help="where to write the results")
     parser.add_argument("--figure", metavar="FILE", help="also draw accuracy by family into this file")
-    parser.add_argument("--preset", default="nano-12m", choices=SHAPES, metavar="NAME", help="the parents (nano-12m)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a parent (1000)")
-    parser.add_argument("--rows", type=int, default=64, help="rows in a parent's step (64)")
-    parser.add_argument("--length", type=int, default=0, help="tokens in a row (suits the preset)")
-    parser.add_argument("--count", type=int, default=32, help="held-out questions for each family and level (32)")
+    parser.add_argument(
+        "--preset", default=USUAL["preset"], choices=SHAPES, metavar="NAME", help="the parents (nano-12m)"
+    )
+    parser.add_argument("--steps", type=int, default=USUAL["steps"], help="optimizer steps of a parent (1000)")
+    parser.add_argument("--rows", type=int, default=USUAL["rows"], help="rows in a parent's step (64)")
+    parser.add_argument("--length", type=int, default=USUAL["length"], help="tokens in a row (suits the preset)")
+    parser.add_argument(
+        "--count", type=int, default=USUAL["count"], help="held-out questions for each family and level (32)"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
                         help=f"only these of: {'; '.join(ARMS)}")  # fmt: skip
     parser.add_argument("--together", type=int, help="workers that share a GPU (6), or the CPU (1)")

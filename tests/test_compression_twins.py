@@ -216,6 +216,28 @@ def test_tables_are_sums_of_the_record(tmp_path, capsys):
     assert statistics.mean(both) == pytest.approx(0.6 / 1.4)
 
 
+def test_orders_are_counted_by_seed():
+    def runs(*rows):
+        return {name: [{"seed": i, "x": x} for i, x in enumerate(row)] for name, row in zip("abc", rows)}
+
+    ways = [
+        shown.holds(runs((1, 1, 2), (2, 3, 1), (3, 2, 3)), "abc", lambda r: r["x"], strict) for strict in (True, False)
+    ]
+    assert ways == ["1 of 3 seeds", "2 of 3 seeds"]
+    assert shown.holds(runs((1, 1), (1, 2), (2,)), "abc", lambda r: r["x"], True) == "0 of 1 seeds"
+    record = by_hand()
+    for seed, losses in enumerate(((1.0, 1.1, 1.2), (1.0, 1.2, 1.1))):
+        like = next(r for r in record["runs"] if r["arm"] == "kl" and r["seed"] == seed)
+        for part, names in (
+            ("depth", ("depth 1", "depth 2", "depth 3")),
+            ("width", ("FFN + embedding", "heads + FFN")),
+        ):
+            record["runs"] += [like | {"arm": a, "part": part, "loss": x} for a, x in zip(names, losses)]
+    printed = shown.tables(record)
+    assert "the loss rises in 1 of 2 seeds, and exact answers fall in 0 of 2 seeds" in printed
+    assert "'FFN + embedding' has the lowest loss in 2 of 2 seeds, and the most exact answers in 0 of 2" in printed
+
+
 def test_memory_of_every_shape_once(made):
     runs = list(made[1].values())
     found = twins.measure_memory({"preset": "nano-1m", "runs": runs}, torch.device("cpu"))
