@@ -16,10 +16,9 @@ Runs of a seed start from the same parent; those of one shape from the same cut,
 are scored on the same held-out text and questions. "The gap closed" is the share of the way from the cut model to the
 parent.
 
-What changes in recovery, beside the loss: the peak rate; half or a quarter of the rows in more steps; every token
-counts, also those of prompts, which the parent never learned to predict; a *better cut*, in which neurons are measured
-after their activation and narrower norms made up for; layers first, and the widths after half of the tokens, as in the
-report.
+What changes in recovery, beside the loss: the peak rate; half or a quarter of the rows in more steps; a *better cut*,
+in which neurons are measured after their activation and narrower norms made up for; layers first, and the widths after
+half of the tokens, as in the report.
 
 A worker process does several runs one after another; several workers share a GPU, because small kernels leave most of
 it idle. Runs are not compiled: at some hundred steps each, with shapes of their own, that would take longer than it
@@ -74,7 +73,6 @@ class Arm:
     rows: float = 1.0  # of the usual rows in a step
     better: bool = False  # neurons by what leaves them, and the norms rescaled
     apart: bool = False  # the layers go first, the widths after half of the tokens
-    prompts: bool = False  # every token counts
 
 
 HALF = dict(rows=0.5)
@@ -99,7 +97,6 @@ ARMS = {  # the first ones first, should time run out
     "pruned, better cut": Arm("recovery", share=0, better=True),
     "kl, better cut": Arm("recovery", better=True),
     "kl, layers first": Arm("recovery", apart=True),
-    "kl, prompts too": Arm("recovery", prompts=True),
     "kl, better cut, a quarter of the rows": Arm("recovery", better=True, rows=0.25),
 }
 EQUAL = None  # neurons: as many as make the parameters those of "width 0"
@@ -294,11 +291,8 @@ class Lab:
             share = wsd(step, steps, config.warmup, config.decay)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * share
-            ids, doc, kind = self.batch(loader)
-            if arm.prompts:
-                kind = torch.where(doc >= 0, data.TEXT, data.NOT_LEARNED)
             told = None if arm.loss == "ce" else teacher
-            total, count, _ = distill_step(told, student, optimizer, (ids, doc, kind), config, self.autocast)
+            total, count, _ = distill_step(told, student, optimizer, self.batch(loader), config, self.autocast)
             sums.append(torch.stack([total, count]))
         return [a / max(1, b) for a, b in torch.stack(sums).tolist()] if sums else []
 
