@@ -121,7 +121,7 @@ SHAPES = {  # (hidden, neurons, Mamba heads) and the layers removed
     },
 }
 ROWS = {"nano-12m": 16, "nano-1m": 8}  # in a step of distillation
-USUAL = dict(preset="nano-12m", steps=1000, rows=64, length=0, count=32)
+USUAL = dict(preset="nano-12m", steps=1000, rows=64, length=0, count=32, impl="auto")
 AXES = {"hidden_size": "embedding channels", "intermediate_size": "FFN neurons", "mamba_num_heads": "Mamba heads",
         "mamba_head_dim": "head channels"}  # fmt: skip
 
@@ -205,7 +205,7 @@ class Lab:
 
     def serve(self, model):
         """With the fastest layers that need no long compilation."""
-        return model.use(choose_impl("auto", self.device, model.config)[0])
+        return model.use(choose_impl(self.args.impl, self.device, model.config)[0])
 
     def described(self, config):
         kept = {n: getattr(config, n) for n in (*CUT, "vocab_size")} | {"pattern": config.hybrid_override_pattern}
@@ -372,7 +372,7 @@ def work(args, seed, names):
 def launch(args, gpu, seed, names):
     """A worker process; its words go where ours go."""
     words = [sys.executable, __file__, "--one", str(seed), *names, "--preset", args.preset, "--work", args.work]
-    for name in ("steps", "rows", "count", "commit", "length", "until"):
+    for name in ("steps", "rows", "count", "commit", "length", "impl", "until"):
         words += [f"--{name}", str(getattr(args, name))]
     subprocess.run(words, env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)})
 
@@ -489,6 +489,7 @@ def main(argv=None):
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
                         help=f"only these of: {'; '.join(ARMS)}")  # fmt: skip
+    parser.add_argument("--impl", default=USUAL["impl"], help="auto, torch or triton: who computes the Mamba-2 layers")
     parser.add_argument("--together", type=int, help="workers that share a GPU (6), or the CPU (1)")
     parser.add_argument("--seconds", type=float, help="begin no run after so many seconds; a second call goes on")
     parser.add_argument("--work", default="out/compression_twins", help="folder for data, parents and parts")
@@ -515,6 +516,7 @@ def main(argv=None):
             work(args, int(args.one[0]), args.one[1:])
             return 0
         out, device = Path(args.out), choose_device("auto")[0]
+        choose_impl(args.impl, device)
         if not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}, make it first")
         args.together = args.together or (6 if device.type == "cuda" else 1)

@@ -46,7 +46,7 @@ def small(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return SimpleNamespace(
         preset="nano-1m", steps=100, rows=2, length=0, count=0, work=str(folder / "work"), commit="c", together=1,
-        seeds=1, first_seed=0, until=float("inf"), arms=list(MADE),
+        impl="auto", seeds=1, first_seed=0, until=float("inf"), arms=list(MADE),
     )  # fmt: skip
 
 
@@ -168,6 +168,22 @@ def test_a_second_call_makes_what_is_missing(made, tmp_path, monkeypatch, capsys
         twins.start_record(args, out)
 
 
+def test_a_worker_is_told_all_that_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what is asked for here is not usual in any respect
+    asked = dict(
+        preset="nano-1m", steps=77, rows=3, length=128, count=5, work="w", commit="abc", impl="torch", until=9.5
+    )
+    told = []
+    monkeypatch.setattr(twins.subprocess, "run", lambda words, env: told.append((words, env)))
+    monkeypatch.setattr(twins, "work", lambda args, seed, names: told.append((args, seed, names)))
+    twins.launch(SimpleNamespace(**asked), 3, 2, ["kl, half the rows", "axes"])
+    (words, env), script = told.pop(), Path(twins.__file__)
+    assert env["CUDA_VISIBLE_DEVICES"] == "3" and Path(words[1]) == script
+    assert twins.main(words[2:]) == 0
+    ((args, seed, names),) = told
+    assert (seed, names) == (2, ["kl, half the rows", "axes"]) and {k: vars(args)[k] for k in asked} == asked
+
+
 def exam(right):
     return {name: {"1": share} for name, share in right.items()}
 
@@ -259,6 +275,7 @@ def test_the_tables_are_those_of_the_record(capsys):
         ("--seconds -1", "--seconds must be at least 0"),
         ("--out nowhere/there.json", "there is no folder nowhere"),
         ("--source nowhere.json", "--source nowhere.json cannot be used: FileNotFoundError"),
+        ("--impl magic", "--impl 'magic' is not one of auto, torch, triton"),
         ("--arms all", "invalid choice: 'all'"),
         ("--preset nano-12b", "invalid choice: 'nano-12b'"),
     ],
