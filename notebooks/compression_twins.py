@@ -60,7 +60,7 @@ from sizes import count_parameters, memory_bytes
 from tokenizer import Tokenizer
 from train import RUNS, Objective, make_optimizer, train_step
 
-SAMPLES, DRAWS, CONTEXT = 256, 5, 4096  # rows of calibration; random cuts of each size; tokens beside the weights
+DRAWS, CONTEXT = 5, 4096  # random cuts of each size; tokens beside the weights
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ SHAPES = {  # (hidden, neurons, Mamba heads) and the layers removed
     },
 }
 ROWS = {"nano-12m": 16, "nano-1m": 8}  # in a step of distillation
+SAMPLES = {"nano-12m": 256, "nano-1m": 64}  # rows of calibration
 USUAL = dict(preset="nano-12m", steps=1000, rows=64, length=0, count=32, impl="auto")
 AXES = {"hidden_size": "embedding channels", "intermediate_size": "FFN neurons", "mamba_num_heads": "Mamba heads",
         "mamba_head_dim": "head channels"}  # fmt: skip
@@ -215,7 +216,8 @@ class Lab:
         """(rows to measure importance on, other rows to see what a cut costs), the second the same for all seeds."""
         if not hasattr(self, "_rows"):
             length, vocab = self.config.length, self.tokenizer.vocab_size
-            self._rows = calibration.make(self.tokenizer, vocab, SAMPLES, length, self.seed, self.config.text)[:2]
+            samples, text = SAMPLES[self.args.preset], self.config.text
+            self._rows = calibration.make(self.tokenizer, vocab, samples, length, self.seed, text)[:2]
         return self._rows
 
     def loss(self, model):

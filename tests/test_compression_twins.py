@@ -39,7 +39,7 @@ def small(folder, monkeypatch):
         return replace(config, text=str(text), length=64, vocab=384, text_share=0.3)
 
     monkeypatch.setattr(twins, "settings", settings)
-    monkeypatch.setattr(twins, "SAMPLES", 6)
+    monkeypatch.setitem(twins.SAMPLES, "nano-1m", 6)
     monkeypatch.setattr(twins, "DRAWS", 2)
     monkeypatch.setattr(calibration, "FRESH", 6)
     monkeypatch.setitem(twins.ROWS, "nano-1m", 2)
