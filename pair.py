@@ -17,11 +17,12 @@ from model import PRESETS, NemotronH, build
 from sizes import count_parameters, work_bytes
 
 
-def open_model(name, device, dtype):
-    """(model, tokenizer or None) of a checkpoint folder, or noise in the shape of a preset."""
+def open_model(name, device, dtype=None):
+    """(model, tokenizer or None) of a checkpoint folder, or noise in the shape of a preset. dtype None: as saved; noise
+    in bfloat16."""
     if Path(name).is_dir() or name not in PRESETS:
         return checkpoint.load_pretrained(name, device, dtype)
-    return noise(PRESETS[name], device, dtype), None
+    return noise(PRESETS[name], device, dtype or torch.bfloat16), None
 
 
 def noise(config, device, dtype):

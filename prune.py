@@ -5,6 +5,11 @@
 The 12B became the 9B this way: 62 layers to 56, hidden 5120 to 4480, MLP 20480 to 15680. Nothing is trained here. The
 cut model has forgotten much; it is where distillation starts.
 
+A preset's name in place of a folder is that shape in noise, read with random tokens: what the measurement takes in time
+and memory, and nothing else. The minutes that 1,024 samples would take are printed before it begins:
+
+    python prune.py --checkpoint nano-12b --target nano-9b --samples 1 --dry-run
+
 What is cut, and which tensors that touches (importance.py says how each is scored):
 
     layer               the whole module; the pattern string gets shorter, what stays keeps its order
@@ -37,16 +42,17 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from device import choose_device, choose_impl  # isort: skip  (before torch)
+from device import choose_device, choose_impl, memory_gib  # isort: skip  (before torch)
 import torch
 import torch.nn as nn
 
 import calibration
 from calibration import batches
-from checkpoint import load_pretrained, save_pretrained
+from checkpoint import save_pretrained
 from evaluate import refuse
 from importance import AGGREGATES, METHODS, RANKS, TAPS, Importance, choose, depth_order, importance
 from model import LETTERS, PRESETS, ModelConfig, NemotronH
+from pair import open_model
 from quantize import Int8Linear
 from safefile import write_json, writing
 from sizes import count_parameters, memory_bytes
@@ -272,7 +278,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = refuse
     flag = parser.add_argument
-    flag("--checkpoint", default="out", help="the folder of the model to cut (out)")
+    flag("--checkpoint", default="out", help="folder of the model to cut (out), or a preset's name for noise")
     flag("--out", help="the folder for the smaller model")
     flag("--target", help=f"cut to the sizes of a preset: {', '.join(PRESETS)}; its vocabulary is ignored")
     flag("--hidden", type=int, help="embedding channels to keep; this and the next four overrule --target")
@@ -363,8 +369,8 @@ def run(args):
     check(args)
     device, why_device = choose_device(args.device)
     choose_impl(args.impl, device)  # a wish that cannot be met is said before anything is loaded
-    model, tokenizer = load_pretrained(args.checkpoint, device)
-    config = model.config
+    model, tokenizer = open_model(args.checkpoint, device)
+    model, config = model.eval(), model.config
     impl, why_impl = choose_impl(args.impl, device, config)
     model.use(impl)
     sizes, remove = wanted(args, config)
@@ -384,13 +390,19 @@ def run(args):
     print(f"layers    {total} to remove{kinds}, by {args.depth_by}, {args.rank}")
     print(f"width     {', '.join(f'{n} {getattr(config, n)} -> {getattr(sizes, n)}' for n in CUT)}; {args.aggregate}")
     minutes = work * len(calibrating) * seconds_a_batch(model, calibrating[0]) / 60
-    print(f"work      about {work:.0f} forwards of the samples, {minutes:.1f} min", flush=True)
+    full = f" (1,024 samples: {minutes * 1024 / args.samples:,.1f})" if args.samples != 1024 else ""
+    print(f"work      about {work:.0f} forwards of the samples, {minutes:.1f} min{full}", flush=True)
+    forward, start = memory_gib(device), time.time()
 
     depth = depth_order(
         model, calibrating, remove, args.depth_by, args.rank, args.keep_ends, args.keep_ends, args.seed, print
     )
     removed = [i for i, _ in depth.removed]
     scores = importance(model, calibrating, removed, args.aggregate, args.tap) if sizes != config else None
+    peak = memory_gib(device)
+    print(
+        f"measured  {(time.time() - start) / 60:.1f} min; peak memory {peak:.2f} GiB, {forward:.2f} of a plain forward"
+    )
     plan = make_plan(config, sizes, removed, scores, args.rank, args.seed)
     print(f"\n{describe_plan(config, plan, depth, scores)}\n")
     if args.target and args.layers_removed is None:

@@ -1,6 +1,7 @@
 """Scores against the plain way: all logits, all activations, every layer skipped on its own, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import importance as measured
 from importance import Aggregate, cosines, depth_order, energy, gram, importance, sweep
+from prune import cut, make_plan
 
 LONG = THREE_GROUPS | dict(hybrid_override_pattern="M-M*-MM-*-M")
 KINDS = [{}, THREE_GROUPS, dict(use_bias=True, mlp_bias=True, attention_bias=True)]
@@ -376,3 +378,28 @@ def test_measuring_holds_little_more_than_inference(docs):
             measure(m, batches)
         peaks.append(made.most)
     assert max(peaks) < 1.2 * peaks[0], peaks
+
+
+def measured_on(device, impl, plan=None):
+    """Scores of a float32 model on a device, the plan they make or that is given, and the logits of what is cut."""
+    m = ours(hybrid_override_pattern="M-*M-").eval().to(device).use(impl)
+    batches, c = some_batches(), m.config
+    scores, skipped = importance(m, batches, (1,)), sweep(m, batches, range(5), range(5))
+    sizes = replace(c, hidden_size=c.hidden_size // 2, mamba_head_dim=c.mamba_head_dim // 2)
+    with torch.no_grad():
+        plan = plan or make_plan(c, sizes, [1], scores)  # of near equals a rounding decides which stays
+        logits = cut(m, plan)(batches[0][0].to(device)).cpu()
+    return scores, skipped, logits, plan
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_and_cuts_what_a_cpu_does():
+    """Torch on the CPU, torch on the GPU, and the Triton kernels, which must let the hooks see the same."""
+    plain = measured_on("cpu", "torch")
+    for impl in ("torch", "triton"):
+        scores, skipped, logits, _ = measured_on("cuda", impl, plain[3])
+        torch.testing.assert_close(scores.hidden, plain[0].hidden, rtol=5e-3, atol=1e-4)
+        for i, own in (plain[0].mamba | plain[0].neurons).items():
+            torch.testing.assert_close((scores.mamba | scores.neurons)[i], own, rtol=1e-2, atol=1e-3)
+        assert skipped == pytest.approx(plain[1], rel=2e-2)
+        torch.testing.assert_close(logits, plain[2], rtol=2e-2, atol=2e-2)

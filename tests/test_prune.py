@@ -5,6 +5,7 @@ Identities in float64, with two and three groups, heads of 20 and 12 channels an
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -608,6 +609,24 @@ def test_bad_input_is_one_sentence(here, capsys, flags, says):
     lines = printed.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("prune.py: ") and says in lines[0], printed.err
     assert contents(here) == before
+
+
+def test_a_presets_name_is_noise_of_that_shape(here, capsys, monkeypatch):
+    """Measured on random tokens, and cut for real: what its minutes and memory are, before anything is written."""
+    monkeypatch.setitem(PRESETS, "noise", ModelConfig(**LONG))
+    flags = "--checkpoint noise --hidden 40 --layers-removed 2 --samples 4 --length 64 --batch 2 --out new"
+    assert prune.main(flags.split()) == 0
+    printed = capsys.readouterr().out
+    found = re.search(r"([\d.]+) min \(1,024 samples: ([\d.]+)\)", printed)
+    assert abs(float(found[2]) - 256 * float(found[1])) <= 256 * 0.05 + 0.05  # the first is rounded
+    assert re.search(r"measured  [\d.]+ min; peak memory [\d.]+ GiB, [\d.]+ of a plain forward", printed)
+    assert "random ids" in printed and "bfloat16" in printed
+    small, tokenizer = load_pretrained("new")
+    assert tokenizer is None and small.lm_head.weight.dtype == torch.bfloat16
+    assert (small.config.hidden_size, small.config.num_hidden_layers) == (40, 9)
+    Path("noise").mkdir()  # a folder of that name comes first, and this one holds nothing
+    assert prune.main(flags.replace("--out new", "--dry-run").split()) == 2
+    assert "config.json" in capsys.readouterr().err
 
 
 def test_it_needs_a_place_to_write_to(here, capsys):
