@@ -185,9 +185,8 @@ def run(args):
     tokenizer = first or second
     quiet = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     quiet(f"device    {device} ({why}), impl {impl} ({why_impl})")
-    quiet(
-        f"models    {args.a} (stage {stage_of(args.a)}) and {args.b} ({stage_of(args.b)}), apart by {distance(a, b):.2%}"
-    )
+    stages = stage_of(args.a), stage_of(args.b)
+    quiet(f"models    {args.a} ({stages[0]}) and {args.b} ({stages[1]}), apart by {distance(a, b):.2%} of the first")
     a.use(impl), b.use(impl)
     if alphas:
         if tokenizer is None:
@@ -201,8 +200,8 @@ def run(args):
         if args.plot:
             plot(lines, args.plot, (args.a, args.b))
     if out:
-        history = [{"stage": "merged", "settings": {"a": args.a, "b": args.b, "alpha": args.alpha,
-                                                    "stages": [stage_of(args.a), stage_of(args.b)]}}]  # fmt: skip
+        settings = {"a": args.a, "b": args.b, "alpha": args.alpha, "stages": stages}
+        history = [{"stage": "merged", "settings": settings}]
         with writing(out):  # before the weights: a folder that opens always says what it is
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / FILE, history)
