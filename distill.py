@@ -50,6 +50,7 @@ import train
 from distill_loss import KINDS, distill_loss
 from lean import Lean
 from pair import needed_bytes, one_language, open_model
+from settings import finish
 
 
 @dataclass
@@ -405,17 +406,8 @@ def run(config):
 
 
 def main(argv=None):
-    try:
-        run(train.parse(argv, DistillConfig, __file__, __doc__))
-    except (ValueError, OSError) as e:
-        print(f"distill.py: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("distill.py: out of memory: lower --step-tokens, or give --recompute layers", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    advice = "lower --step-tokens, or give --recompute layers"
+    return finish("distill", lambda: run(train.parse(argv, DistillConfig, __file__, __doc__)), advice)
 
 
 if __name__ == "__main__":

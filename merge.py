@@ -36,6 +36,7 @@ import skills
 from checkpoint import load_pretrained, save_pretrained
 from evaluate import refuse
 from safefile import write_json, writing
+from settings import finish
 from stage import FILE, stage_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,12 +211,7 @@ def run(args):
 
 
 def main(argv=None):
-    try:
-        run(parse(argv))
-    except (ValueError, OSError) as error:
-        print(f"merge.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return finish("merge", lambda: run(parse(argv)), "give --device cpu, or lower --count")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from hf_config import config_from_dict
 from model import LETTERS, PRESETS, NemotronH
 from pair import noise
 from safefile import read_json
+from settings import finish
 from sizes import count_parameters, memory_bytes
 from trial import Trial
 
@@ -386,17 +387,7 @@ def run(args):
 
 
 def main(argv=None):
-    try:
-        run(parse(argv))
-    except (ValueError, OSError) as e:
-        print(f"search.py: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("search.py: out of memory: lower --step-tokens or --context", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return finish("search", lambda: run(parse(argv)), "lower --step-tokens or --context")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run is asked for: the flags of train.py, what suits each preset, and what makes no sense.
+"""What a run is asked for: the flags of train.py, what suits each preset, what makes no sense, and how a script ends.
 
 A dataclass whose fields become flags: the comment beside a field is its help, so what a flag does stands in one place.
 Fields without a default of their own take what suits the preset (`RUNS`); `fill_in` puts it there and refuses, in a
@@ -7,6 +7,7 @@ sentence, what cannot work, before anything is made. This file must not know mod
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -134,3 +135,21 @@ def parse(argv=None, kind=TrainConfig, file=__file__, description=__doc__):
         text = (comments.get(f.name) or f.name.replace("_", " ")).replace("%", "%%")
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=of, default=f.default, help=f"{text} ({default})")
     return kind(**vars(parser.parse_args(argv)))
+
+
+def finish(script, run, advice):
+    """The exit code of a script: run() and 0; or, after one sentence on stderr, 2 for what its user can mend; 130 after
+    Ctrl-C. advice: what to lower when memory runs out."""
+    import torch  # here: device.py must have come first
+
+    try:
+        run()
+    except (ValueError, OSError) as e:
+        print(f"{script}.py: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"{script}.py: out of memory: {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

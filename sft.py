@@ -37,6 +37,7 @@ from checkpoint import load_pretrained
 from generate import chat_prompt, generate
 from loss import next_token_loss
 from schedule import wsd
+from settings import finish
 from sizes import count_parameters
 from stage import Stage, plot, require
 
@@ -267,17 +268,8 @@ def _line(text):
 
 
 def main(argv=None):
-    try:
-        run(train.parse(argv, SftConfig, __file__, __doc__))
-    except (ValueError, OSError) as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("sft.py: out of memory: lower --batch-rows or --length", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    advice = "lower --batch-rows or --length"
+    return finish("sft", lambda: run(train.parse(argv, SftConfig, __file__, __doc__)), advice)
 
 
 if __name__ == "__main__":

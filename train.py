@@ -42,7 +42,7 @@ from loss import next_token_loss
 from model import PRESETS, build
 from progress import Window, entry_of
 from schedule import wsd
-from settings import NOT_THE_RUN, RUNS, TrainConfig, fill_in, parse  # noqa: F401  (a run and its flags: one import)
+from settings import NOT_THE_RUN, RUNS, TrainConfig, fill_in, finish, parse  # noqa: F401  (a run and its flags: one import)
 from sizes import describe
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,19 +439,11 @@ def insist(signals):
 
 def main(argv=None):
     try:
-        run(parse(argv, description=__doc__))
-    except (ValueError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("train.py: out of memory: raise --accumulate, or lower --batch-rows or --length", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        advice = "raise --accumulate, or lower --batch-rows or --length"
+        return finish("train", lambda: run(parse(argv, description=__doc__)), advice)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
