@@ -1,6 +1,6 @@
 """A stage of alignment: where it may begin, how it is kept, stopped and gone on with, and what is drawn at its end.
 
-The idea. Alignment is a chain, base -> sft1 -> sft2 -> sft3 -> ..., and a link in the wrong place gives a model that
+The idea. Alignment is a chain, base -> sft1 -> sft2 -> sft3 -> ifrl -> dpo -> rlhf, and a link in the wrong place gives a model that
 runs and is quietly worse. So every checkpoint says which link it is, in `stage.json` beside config.json (a folder
 without one is a base model), and a stage refuses any other predecessor with a sentence.
 
@@ -28,7 +28,12 @@ import checkpoint as folders
 import resume
 from safefile import CheckpointError, fsync_folder, read_json, write_json, writing
 
-AFTER = {"sft1": ("base",), "sft2": ("sft1",), "sft3": ("sft2",)}  # stage: what it may start from
+AFTER = {  # stage: what it may start from
+    "sft1": ("base",), "sft2": ("sft1",), "sft3": ("sft2",),  # sft.py
+    "ifrl": ("sft3",), "gym": ("sft3",), "rlhf": ("dpo",),  # grpo.py
+    "dpo": ("ifrl",),  # dpo.py
+    "reward": ("sft3",),  # reward.py: a judge, no link of the chain
+}  # fmt: skip
 FILE = "stage.json"
 
 
