@@ -100,8 +100,8 @@ class Roller:
         in the order of the prompts. The same seed, prompts and weights give the same answers on the same device."""
         if not prompts or min(map(len, prompts)) == 0 or group < 1 or room < 1 or not temperature > 0:
             raise ValueError(
-                f"rollouts need prompts with at least one token, a group and room of at least 1 and a temperature above "
-                f"0; got {len(prompts)} prompts, group {group}, room {room}, temperature {temperature}"
+                f"rollouts need prompts with at least one token, a group and room of at least 1 and a temperature above 0; "
+                f"got {len(prompts)} prompts, group {group}, room {room}, temperature {temperature}"
             )
         start = time.perf_counter()
         was_training, self.model = self.model.training, self.model.eval()
@@ -127,9 +127,9 @@ class Roller:
         if self.device.type != "cuda":
             return self.rows
         free = torch.cuda.mem_get_info(self.device)[0]
-        size = self.model.lm_head.weight.element_size()
+        a_row = row_bytes(self.model.config, self.longest, self.model.lm_head.weight.element_size())
         held = sum(engine.cache.bytes() for engine in self.engines.values())
-        return max(1, min(self.rows, int(ROOM * (free + held) / (3 * row_bytes(self.model.config, self.longest, size)))))
+        return max(1, min(self.rows, int(ROOM * (free + held) / (3 * a_row))))
 
     def _engine(self, count):
         if count not in self.engines:

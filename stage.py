@@ -1,8 +1,8 @@
 """A stage of alignment: where it may begin, how it is kept, stopped and gone on with, and what is drawn at its end.
 
-The idea. Alignment is a chain, base -> sft1 -> sft2 -> sft3 -> ifrl -> dpo -> rlhf, and a link in the wrong place gives a model that
-runs and is quietly worse. So every checkpoint says which link it is, in `stage.json` beside config.json (a folder
-without one is a base model), and a stage refuses any other predecessor with a sentence.
+The idea. Alignment is a chain, base -> sft1 -> sft2 -> sft3 -> ifrl -> dpo -> rlhf, and a link in the wrong place gives
+a model that runs and is quietly worse. So every checkpoint says which link it is, in `stage.json` beside config.json (a
+folder without one is a base model), and a stage refuses any other predecessor with a sentence.
 
 What a folder holds. While a stage runs: `log.jsonl` and `training.safetensors` (resume.py). Only when it has ended:
 config.json, weights, tokenizer, `stage.json`, `curve.png`. So a stage cut short cannot be taken for a model, and
