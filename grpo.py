@@ -244,7 +244,6 @@ def make_environment(config, tokenizer, device, dtype):
 
 def run(config, say=print):
     """Train, or go on; returns the closing entry of the log, or None if it was stopped."""
-    start = time.time()
     config = fill_in(config, None)
     name = STAGES[config.reward]
     require(name, config.checkpoint)
@@ -312,7 +311,7 @@ def run(config, say=print):
             say(f"    {question[:100]}  {said[:200]}  -> {reward:.2f}")
     if job.stopped:
         return None
-    return close(job, environment, tokenizer, config, roller, start)
+    return close(job, environment, tokenizer, config, roller)
 
 
 def told(found):
@@ -320,7 +319,7 @@ def told(found):
     return "  ".join(f"{k} {v:.0%}" if 0 <= v <= 1 else f"{k} {v:.2f}" for k, v in found.items())
 
 
-def close(job, environment, tokenizer, config, roller, start):
+def close(job, environment, tokenizer, config, roller):
     """The end of a stage: its checkpoint folder, the skills, the plot; returns the closing entry of the log."""
     job.finish(tokenizer)
     job.say(f"{config.steps} steps in {job.seconds():.0f} s (rollouts: {roller.pace})")
@@ -330,7 +329,7 @@ def close(job, environment, tokenizer, config, roller, start):
         found = skills.table(job.model, tokenizer, config.eval_count)
         found |= environment.measure(job.model, tokenizer, config.eval_count)
         job.say(f"after, on {config.eval_count} held-out prompts of each kind:\n  {told(found)}")
-    job.record(found | {"wall_seconds": round(time.time() - start, 1)})
+    job.record(found)
     shown = [k for k, v in found.items() if 0 <= v <= 1]
     plot(job.log, job.out / "curve.png", ("reward", "well_formed"), shown, f"stage {job.name}: reward in training")
     return job.log[-1]
