@@ -9,6 +9,8 @@ are measured, by programs, on held-out prompts, greedily:
                   decides the next call
     instructions  prompts with all conditions met (instructions.py, strict); conditions: one by one
     recall        long conversations whose last question refers back to their first turn, answered right
+    liked         not a share of prompts: the points that answers get by the taste in preferences.py over the most there
+                  are, none below 0; no stage of fine-tuning shows such prompts
     well formed   of the questions with a thought: exactly one `</think>`, then an answer, then the end of the turn
 
 A control without empty thoughts in its training fails "obeyed": it thinks aloud behind the empty thought.
@@ -34,6 +36,7 @@ from device import choose_device, choose_impl  # isort: skip  (before torch)
 
 import conversations
 import instructions
+import preferences
 import tasks
 import tools
 from checkpoint import load_pretrained
@@ -167,12 +170,28 @@ def recall(model, tokenizer, count, seed=0, thinking=True):
     return {"recall": share(e.answer == c.answer for e, c in zip(asked, done))}
 
 
+def preference(model, tokenizer, count, seed=0, thinking=True):
+    """{"liked": mean over `count` held-out prompts of the answer's points (preferences.score), none below 0, over those
+    of the best answer}."""
+    asked, best = [], []
+    for i in range(count):
+        rng = Random(f"{seed} {i}")
+        asked.append(preferences.draw_prompt(rng, "test"))
+        best.append(preferences.best(rng, asked[-1]))
+    prompts = [chat_prompt(tokenizer, [{"role": "user", "content": p.text}], thinking) for p in asked]
+    room = ROOM + 3 * max(len(tokenizer.encode(answer)) for answer in best)  # a thought that lists the words, and they
+    done = generate(model, tokenizer, prompts, room, thinking=thinking)
+    points = [(preferences.score(p, c.answer), preferences.score(p, b)) for p, c, b in zip(asked, done, best)]
+    return {"liked": share(max(0.0, got) / most for got, most in points)}
+
+
 def table(model, tokenizer, count, seed=0):
     """All skills of a model, {name: share}, from `count` held-out prompts each."""
     found = reasoning(model, tokenizer, count, seed)
     found |= tool_success(model, tokenizer, count, seed)
     found |= instruction_following(model, tokenizer, count, seed)
-    return found | recall(model, tokenizer, count, seed)
+    found |= recall(model, tokenizer, count, seed)
+    return found | preference(model, tokenizer, count, seed)
 
 
 def format_line(found):

@@ -9,6 +9,7 @@ from fine_tuned import base_model, speaker, vocabulary
 
 import conversations
 import instructions
+import preferences
 import skills
 import tools
 from checkpoint import save_pretrained
@@ -41,6 +42,10 @@ def references(tokenizer):
         learn("words", [{"role": "user", "content": prompt.text}], trace, answer)
         e = conversations.SKILLS["long"](Random(f"0 {i}"), "test")
         learn("long", e.messages, e.trace, e.answer)
+        rng = Random(f"0 {i}")
+        prompt = preferences.draw_prompt(rng, "test")
+        best = preferences.best(rng, prompt)
+        learn("liked", [{"role": "user", "content": prompt.text}], best, best)
     return known
 
 
@@ -73,6 +78,7 @@ def test_who_knows_everything_gets_full_marks(monkeypatch, tokenizer, references
         "instructions",
         "conditions",
         "recall",
+        "liked",
     ]
     assert list(found) == names and set(found.values()) == {1.0}
 
@@ -91,6 +97,10 @@ FAULTS = {  # what is changed: (marks that fall to nothing, by a speaker that ..
         lambda k, t, a, on: (f"{t}\n</think>\n" * on + "1 " * 400) if k == "task" else None),
     "forgets": (
         {"recall"}, lambda k, t, a, on: f"{t}\n</think>\nno\n" if k == "long" else None),
+    "says what nobody asked for": (
+        {"liked"}, lambda k, t, a, on: f"{t}\n</think>\nno, no\n" if k == "liked" else None),
+    "forgets the full stop": (
+        {"liked"}, lambda k, t, a, on: f"{t}\n</think>\n{a[:-1]}\n" if k == "liked" else None),
     "is wrong with a thought": (
         {"on"}, lambda k, t, a, on: f"{t}\n</think>\nno\n" if on and k == "task" else None),
     "calls nothing": (
@@ -108,6 +118,7 @@ def test_one_fault_costs_its_own_marks(monkeypatch, tokenizer, references, fault
     found = table(monkeypatch, tokenizer, knowing(references, change))
     partly = {"tools"} if fault == "calls nothing" else set()
     partly |= {"conditions"} if "topic" in fault else set()
+    partly |= {"liked"} if "stop" in fault else set()
     assert all(found[name] == 0 for name in marks - partly), found
     assert all(0 < found[name] < 1 for name in partly), found
     assert all(value == 1 for name, value in found.items() if name not in marks | partly), found
@@ -148,7 +159,7 @@ def test_the_script_asks_a_real_model(tmp_path, tokenizer, capsys):
     flags = ["--checkpoint", str(tmp_path), "--device", "cpu", "--count", "2"]
     assert skills.main([*flags, "--json", "--curve", "--budgets", "0", "4"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert len(result["skills"]) == 10 and [e["budget"] for e in result["curve"]] == [0, 4, None]
+    assert len(result["skills"]) == 11 and [e["budget"] for e in result["curve"]] == [0, 4, None]
     assert skills.main(flags) == 0 and "on 0%" in capsys.readouterr().out
 
 

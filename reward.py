@@ -1,0 +1,411 @@
+"""A reward model: what people like, learned from which of two answers they chose.
+
+    python reward.py --checkpoint out-sft3 --out out-reward
+
+The idea (Bradley and Terry 1952; Christiano et al. 2017). A policy is to be moved towards answers that are liked, and
+nobody can be asked thousands of times a step. So a model is trained to be asked instead. It is the policy's own copy
+with one vector w beside it: the score of an answer is w . features at the end of its turn, where everything has been
+read. If the better one of two answers is chosen with probability sigmoid(s(chosen) - s(rejected)), then the loss of a
+choice that was made is
+
+    loss = -log sigmoid(s(chosen) - s(rejected))
+
+Its gradient is the probability that was given to the other choice: pairs that are settled teach nothing more. Only
+differences within a prompt are ever seen, so what a score of 3 means for another prompt is nobody's business: `rank in
+prompt` below compares answers to one prompt, as reinforcement learning will, and `rank` all of them.
+
+The judge reads prompt and answer without a thought, whatever the policy thought: what is liked is what was said. Here
+the chooser is the rule in preferences.py, so the judge can be held against it. `--noise` is how often the chooser errs:
+at 1, Bradley and Terry's people, almost one choice in four is the wrong one; at the default 0.5 it is one in ten. A
+judge with endless pairs would find the same order from either. Raw scores grow as the noise falls (points / noise), so
+at the end they are shifted and scaled until `preferences.respond`'s answers have mean 0 and spread 1: reinforcement
+learning needs a scale that it can count on.
+
+The folder is an ordinary checkpoint, and beside it `reward.safetensors` with w, shift and scale. Its lm_head is the
+policy's, unused and untouched. To follow one step: `batch`, `RewardModel.forward`, `bradley_terry`. One process.
+Source: report section 3 (a Bradley-Terry reward model, theirs trained on HelpSteer3). All numbers are ours.
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+import torch
+
+import policy
+import preferences
+import train
+from checkpoint import load_pretrained
+from conversations import Example, encode
+from safefile import CheckpointError, fsync_folder, open_safetensors, write_safetensors, writing
+from schedule import wsd
+from settings import finish
+from sizes import count_parameters
+from stage import Stage, plot, require, stage_of
+
+FILE = "reward.safetensors"
+ANSWERS = 8  # to a prompt, when answers to one prompt are put in order
+STANDARD = 1024  # answers whose mean and spread become 0 and 1
+
+
+@dataclass
+class RewardConfig:
+    """Every field is a flag. None means: what suits the model's size (see RUNS)."""
+
+    checkpoint: str = "out-sft3"  # folder of the model to start from, the end of sft3
+    out: str = "out-reward"  # folder for log, plot and checkpoint; a run found there is resumed
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16: what the matrix products run in
+    impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
+    steps: int | None = None  # optimizer steps
+    pairs: int | None = None  # pairs of answers in a step; lower it when memory runs out
+    lr: float | None = None  # peak learning rate
+    warmup: float = 0.05  # share of the steps in which the rate rises
+    decay: float = 0.5  # share of the steps, at the end, in which it falls to a hundredth
+    weight_decay: float = 0.1
+    clip: float = 1.0  # the gradient's norm is cut to this
+    noise: float = 0.5  # how often the worse answer was chosen: 0 never, 1 as Bradley and Terry's people do
+    seed: int = 0
+    log_every: int | None = None  # steps between lines
+    held_every: int | None = None  # steps between measurements on held-out prompts; 0 for none on the way
+    held_count: int | None = None  # held-out pairs in such a measurement
+    save_every: int | None = None  # steps between saves
+    eval_count: int | None = None  # held-out pairs at the end; 0 for none
+
+
+RUNS = {  # by size: below 3 M parameters, and from there on
+    "small": dict(steps=200, pairs=32, lr=1e-3, log_every=10, held_every=40, held_count=100, save_every=100,
+                  eval_count=400),
+    "large": dict(steps=300, pairs=128, lr=5e-4, log_every=10, held_every=50, held_count=400, save_every=150,
+                  eval_count=2000),
+}  # fmt: skip
+NOT_THE_RUN = {"out", "device", "dtype", "impl", "log_every", "held_every", "held_count", "save_every", "eval_count"}
+
+
+def fill_in(config, parameters):
+    """The config with every None replaced by what suits; ValueError for what makes no sense. parameters: of the
+    model."""
+    suits = RUNS["small" if parameters < 3e6 else "large"]
+    config = replace(config, **{k: v for k, v in suits.items() if getattr(config, k) is None})
+    at_least = dict(steps=1, pairs=1, seed=0, log_every=1, held_every=0, held_count=1, save_every=1, eval_count=0,
+                    warmup=0, decay=0, weight_decay=0, noise=0)  # fmt: skip
+    for name, low in at_least.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(config, name)}")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"--{name} must be a finite number above 0; got {getattr(config, name)}")
+    if config.warmup + config.decay > 1:
+        raise ValueError(f"--warmup {config.warmup} and --decay {config.decay} are shares: together at most 1")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class RewardModel(torch.nn.Module):
+    """Scores of answers. backbone: a NemotronH, which is trained, not copied; w (d,): zero at first, so that every
+    answer scores 0; shift and scale: see `standardise`. All three are float32, whatever the backbone is in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone, weight = model, model.lm_head.weight
+        self.w = torch.nn.Parameter(torch.zeros(weight.shape[1], device=weight.device))
+        self.register_buffer("shift", torch.zeros((), device=weight.device))
+        self.register_buffer("scale", torch.ones((), device=weight.device))
+
+    def forward(self, ids, last):
+        """Scores (b,) float32 of rows ids (b, l) int64, padded on the right, whose last tokens are at last (b,)."""
+        x = self.backbone.features(ids)  # (b, l, d)
+        x = x[torch.arange(len(last), device=last.device), last].float()
+        return ((x * self.w).sum(-1) - self.shift) / self.scale  # no matrix product: autocast would round it
+
+    # What resume.py asks of a model
+
+    @property
+    def config(self):
+        return self.backbone.config
+
+    @property
+    def lm_head(self):
+        return self.backbone.lm_head
+
+
+def read(tokenizer, prompt, answer):
+    """What the judge reads, with `prompt` and `said` as in a rollout's Sample: the question (a text, or anything with
+    one, as a preferences.Prompt), thinking off; the answer and the end of the turn."""
+    asked = ({"role": "user", "content": getattr(prompt, "text", prompt)},)
+    ids, start = encode(tokenizer, Example("preference", asked, None, answer))
+    return SimpleNamespace(prompt=ids[:start], said=ids[start:])
+
+
+def rows(samples, device):
+    """(ids (b, l), last (b,)) int64 for `RewardModel.forward`."""
+    ids, _ = policy.rows(samples, device)
+    return ids, torch.tensor([len(s.prompt) + len(s.said) - 1 for s in samples], device=device)
+
+
+@torch.no_grad()
+def score_answers(judge, tokenizer, prompts, answers, tokens=16384):
+    """The judge's score of every answer, a list of floats. prompts: preferences.Prompts or texts, one for each answer;
+    tokens: padded tokens read at a time. ValueError if the lists differ in length."""
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts for {len(answers)} answers: give one for each")
+    samples = [read(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers)]
+    found = [0.0] * len(samples)
+    for part in policy.bundles(samples, tokens) if samples else ():
+        scores = judge(*rows([samples[i] for i in part], judge.w.device))
+        for i, score in zip(part, scores.tolist()):
+            found[i] = score
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def bradley_terry(chosen, rejected):
+    """-log sigmoid(chosen - rejected), the mean over pairs of scores (b,), in nats; ln 2 for one that knows nothing."""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def batch(tokenizer, config, step):
+    """A step's samples: those that were chosen, then, in the same order, those that were rejected. They depend on seed,
+    noise and step only, so a run needs no data position."""
+    rng = Random(f"{config.seed} reward {step}")
+    pairs = [preferences.draw(rng, "train", config.noise) for _ in range(config.pairs)]
+    sides = [[(p.prompt, p.chosen) for p in pairs], [(p.prompt, p.rejected) for p in pairs]]
+    return [read(tokenizer, prompt, answer) for side in sides for prompt, answer in side]
+
+
+def train_step(judge, optimizer, scaler, ids, last, clip, autocast):
+    """One optimizer step; returns (loss in nats a pair, share of the pairs in which the chosen one scored higher,
+    gradient norm), tensors."""
+    with autocast():
+        chosen, rejected = judge(ids, last).chunk(2)
+        loss = bradley_terry(chosen, rejected)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), (chosen > rejected).float().mean(), norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Held against the rule
+
+
+def ranks(values):
+    """The places (n,) float64 of numbers in ascending order, from 0; equal ones share the mean of theirs."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+    return below.double() + (equal.double() - 1) / 2
+
+
+def rank_correlation(a, b):
+    """Spearman's: the correlation of the ranks, from -1 (reversed) to 1 (the same order); 0 if a list is constant."""
+    a, b = (r - r.mean() for r in (ranks(a), ranks(b)))
+    size = (a.norm() * b.norm()).item()
+    return (a @ b).item() / size if size else 0.0
+
+
+def held_out(judge, tokenizer, count, seed=0):
+    """{"pairs", "rank", "rank in prompt"} on held-out prompts: the share of `count` pairs without noise in which the
+    judge agrees with the rule (a tie is half), and the rank correlation of its scores with the rule's points over
+    fresh answers: of all prompts together, and the mean over prompts of that among the answers to one. The rule has
+    ties; one that knows it, and orders these at random, would reach 0.995 and 0.94."""
+    rng = Random(f"{seed} held out")
+    pairs = [preferences.draw(rng, "test", 0.0) for _ in range(count)]
+    groups = [preferences.draw_prompt(rng, "test") for _ in range(-(-count // 4))]
+    asked = [prompt for prompt in groups for _ in range(ANSWERS)]
+    said = [preferences.respond(rng, prompt) for prompt in asked]
+    points = [preferences.score(prompt, answer) for prompt, answer in zip(asked, said)]
+    prompts = [p.prompt for p in pairs]
+    scores = score_answers(judge, tokenizer, [*prompts, *prompts, *asked],
+                           [p.chosen for p in pairs] + [p.rejected for p in pairs] + said)  # fmt: skip
+    chosen, rejected, scores = scores[:count], scores[count : 2 * count], scores[2 * count :]
+    agree = sum((c > r) + (c == r) / 2 for c, r in zip(chosen, rejected))
+    within = [
+        rank_correlation(scores[i : i + ANSWERS], points[i : i + ANSWERS])
+        for i in range(0, len(asked), ANSWERS)
+        if len(set(points[i : i + ANSWERS])) > 1  # else there is no order to find
+    ]
+    inside = sum(within) / len(within) if within else 0.0
+    return {"pairs": agree / count, "rank": rank_correlation(scores, points), "rank in prompt": inside}
+
+
+@torch.no_grad()
+def standardise(judge, tokenizer, seed=0):
+    """Set shift and scale so that `STANDARD` answers of preferences.respond, to prompts of the train split that the
+    training did not draw, have mean 0 and spread (standard deviation) 1. ValueError if all score the same."""
+    rng = Random(f"{seed} standard")
+    prompts = [preferences.draw_prompt(rng, "train") for _ in range(STANDARD)]
+    judge.shift.zero_(), judge.scale.fill_(1.0)
+    raw = torch.tensor(
+        score_answers(judge, tokenizer, prompts, [preferences.respond(rng, prompt) for prompt in prompts])
+    )
+    mean, spread = raw.double().mean().item(), raw.double().std(correction=0).item()
+    if not (math.isfinite(spread) and spread > 0):
+        raise ValueError(f"the scores of {STANDARD} answers have mean {mean} and spread {spread}: train more steps")
+    judge.shift.fill_(mean), judge.scale.fill_(spread)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def save_reward(folder, judge):
+    """Write the judge's own numbers into a folder, all of them or none; the backbone is written by Stage.finish,
+    afterwards: a folder that opens has both."""
+    path = Path(folder) / FILE
+    temporary = path.with_name(f".{FILE}.tmp")
+    with writing(path):
+        try:
+            write_safetensors(temporary, {"w": judge.w, "shift": judge.shift, "scale": judge.scale}, {"format": "pt"})
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def load_reward(folder, device="cpu", dtype=None):
+    """(RewardModel in eval mode, tokenizer) of a folder that reward.py wrote. dtype: of the backbone, as in
+    checkpoint.load_pretrained. ValueError, in one sentence, for a folder of another stage or a damaged one."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no finished reward model (no config.json): make one with python reward.py")
+    if stage_of(folder) != "reward":
+        raise ValueError(
+            f"{folder} is the end of stage {stage_of(folder)} and no reward model: give one that python reward.py made"
+        )
+    wanted = {"w": None, "shift": (), "scale": ()}
+    with open_safetensors(folder / FILE) as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}
+    model, tokenizer = load_pretrained(folder, device, dtype)
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json, so no answer can be read: copy the folder again")
+    judge = RewardModel(model)
+    wanted["w"] = tuple(judge.w.shape)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != wanted or not all(tensor.isfinite().all() for tensor in found.values()) or found["scale"] <= 0:
+        raise CheckpointError(
+            f"{folder / FILE} holds {shapes} and not {wanted} in finite numbers: copy the folder again"
+        )
+    with torch.no_grad():
+        for name, tensor in found.items():
+            getattr(judge, name).copy_(tensor)
+    return judge.eval(), tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def run(config, say=print):
+    """Train, or go on training; returns the closing entry of the log, or None if it was stopped."""
+    require("reward", config.checkpoint)
+    device, why_device = choose_device(config.device)
+    dtype, why_dtype = choose_dtype(config.dtype, device)
+    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
+    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
+    if tokenizer is None:
+        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no answer can be read")
+    impl, why_impl = choose_impl(config.impl, device, model.config)
+    judge = RewardModel(model.use(impl)).train()
+    parameters = count_parameters(model.config)["total"]
+    config = fill_in(config, parameters)
+    settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
+    job = Stage("reward", config.checkpoint, config.out, settings, say)
+    samples = batch(tokenizer, config, 0)
+
+    say(f"stage     reward from {config.checkpoint} ({parameters:,} parameters and w), into {config.out}")
+    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
+    tokens = sum(len(s.prompt) + len(s.said) for s in samples)
+    say(
+        f"step      {config.pairs} pairs, noise {config.noise:g}: about {tokens:,} tokens in "
+        f"{policy.rows(samples, 'cpu')[0].numel():,} places; {config.steps} steps; rate {config.lr:g}"
+    )
+
+    optimizer = train.make_optimizer(judge, config.lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    job.begin(judge, optimizer, scaler)
+    since, seen = time.time(), 0
+    for step in job.steps(config.steps, config.save_every):
+        rate = config.lr * wsd(step, config.steps, config.warmup, config.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, last = rows(batch(tokenizer, config, step), device)
+        loss, accuracy, norm = train_step(judge, optimizer, scaler, ids, last, config.clip, autocast)
+        seen, done = seen + config.pairs, step + 1
+        if done % config.log_every == 0 or done in (1, config.steps):
+            entry = {"loss": loss.item(), "train pairs": accuracy.item(), "norm": norm.item(), "lr": rate}
+            if not math.isfinite(entry["loss"]):
+                raise ValueError(f"the loss is {entry['loss']} at step {done}: lower --lr (now {config.lr:g})")
+            job.record(entry)
+            say(
+                f"step {done:5d}/{config.steps}  loss {entry['loss']:.3f}  pairs {entry['train pairs']:.0%}  norm "
+                f"{entry['norm']:.2f}  lr {rate:.1e}  {seen / (time.time() - since):,.0f} pairs/s"
+            )
+            since, seen = time.time(), 0
+        if config.held_every and done % config.held_every == 0 and done < config.steps:
+            found = held_out(judge, tokenizer, config.held_count)
+            job.record(found)
+            say(f"step {done:5d}  {format_line(found)}")
+            show(judge, tokenizer, done, say)
+            since = time.time()
+    if job.stopped:
+        return None
+    return close(job, judge, tokenizer, config)
+
+
+def close(job, judge, tokenizer, config):
+    """The end of the stage: the scale, the folder, the judge beside the rule, the plot; returns the closing entry."""
+    standardise(judge, tokenizer, config.seed)
+    save_reward(job.out, judge)
+    job.model = judge.backbone  # a checkpoint folder like any other
+    job.finish(tokenizer)
+    job.say(f"trained {config.steps} steps in {job.seconds():.0f} s; {config.out} is the end of stage reward")
+    job.say(f"scores are (raw - {judge.shift.item():.3f}) / {judge.scale.item():.3f}")
+    found = held_out(judge, tokenizer, config.eval_count) if config.eval_count else {}
+    if found:
+        job.say(f"on held-out prompts, {config.eval_count} pairs:\n  {format_line(found)}")
+        show(judge, tokenizer, config.steps, job.say)
+    job.record(found)
+    plot(job.log, job.out / "curve.png", ("loss",), ("train pairs", *found), "stage reward: nats a pair")
+    return job.log[-1]
+
+
+def format_line(found):
+    return (
+        f"right in {found['pairs']:.1%} of the pairs, rank correlation {found['rank']:.3f}, in a prompt "
+        f"{found['rank in prompt']:.3f}"
+    )
+
+
+def show(judge, tokenizer, step, say):
+    """Four answers to a held-out prompt, the judge's favourite first, with its score and the rule's points."""
+    rng = Random(f"show {step}")
+    prompt = preferences.draw_prompt(rng, "test")
+    answers = [preferences.respond(rng, prompt) for _ in range(4)]
+    scored = sorted(zip(score_answers(judge, tokenizer, [prompt] * 4, answers), answers), reverse=True)
+    told = "  ".join(f"{score:+.2f} ({preferences.score(prompt, a):g}) {a!r}" for score, a in scored)
+    say(f"    {prompt.text}  {told}")
+
+
+def main(argv=None):
+    return finish("reward", lambda: run(train.parse(argv, RewardConfig, __file__, __doc__)), "lower --pairs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
