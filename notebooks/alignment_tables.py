@@ -182,9 +182,13 @@ def claims(record, runs):
         if have(first, then, "sft2, after alone"):
             lost = gains(runs, then, "sft2, after alone", "tools")
             rows.append(verdict(mean(lost) < 0.03, f"stage 2 regains it ({then}): {points(lost)} points are left"))
-    for before, after, name, least in (
-        ("sft3", "ifrl", "instructions", 0.10), ("ifrl", "dpo", "tools", 0.05), ("dpo", "rlhf", "liked", 0.0),
-    ):  # fmt: skip
+    if have("sft3", "ifrl"):
+        few = gains(runs, "sft3", "ifrl", "instructions")
+        many = [r["end"]["hard"] - r["before"]["hard"] for r in runs["ifrl"].values() if "hard" in r["before"]]
+        won = [0.6 * a + 0.4 * b for a, b in zip(few, many)]
+        told = f"{points(won)} (one to three {points(few)}, four and five {points(many)})"
+        rows.append(verdict(mean(won) >= 0.1, f"ifrl lifts prompts of one to five conditions by 10 points: {told}"))
+    for before, after, name, least in (("ifrl", "dpo", "tools", 0.05), ("dpo", "rlhf", "liked", 0.0)):
         if have(before, after):
             won = gains(runs, before, after, name)
             bar = f"by {100 * least:.0f} points or more" if least else ""

@@ -56,7 +56,7 @@ class Job:
 
 
 CHAIN = ("sft1", "sft2", "sft3", "ifrl", "dpo", "rlhf")
-SWEEP = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+SWEEP = "0,0.2,0.3,0.4,0.5,0.6,0.7,0.8,1"
 JOBS = {  # the longest way through is begun first
     "sft1": Job("base", "sft.py --stage 1"),
     "sft2": Job("sft1", "sft.py --stage 2"),
@@ -98,7 +98,9 @@ def command(args, name, seed):
     if script != "merge.py":
         words += ["--checkpoint", places[job.after]]
     if not job.printed:
-        words += ["--out", places[name], "--seed", str(seed), "--skills-every", "0", "--eval-count", str(args.count)]
+        words += ["--out", places[name], "--seed", str(seed)]
+        if script != "reward.py":
+            words += ["--skills-every", "0", "--eval-count", str(args.count)]
         words += shlex.split(args.flags.get(script.removesuffix(".py"), ""))
     else:
         words += ["--count", str(args.count), "--seed", str(seed)]
