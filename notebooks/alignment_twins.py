@@ -27,11 +27,11 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from queue import Queue
+from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -154,44 +154,52 @@ def gpus(args):
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
+URGENT = ("base", *CHAIN, "reward", "merge")  # each waits for the one before: they never wait for a place
+
+
 def collect(args, record, out, say, begin=launch):
-    """Every wanted job of every seed, as soon as what it starts from is there, `together` at a time on each GPU."""
-    seeds, places = range(args.first_seed, args.first_seed + args.seeds), Queue()
-    for gpu in gpus(args) * args.together:
-        places.put(gpu)
+    """Every wanted job of every seed as soon as what it starts from is there: the chain at once, the others
+    `together` at a time on each GPU; each where fewest are running."""
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    busy, lock = dict.fromkeys(gpus(args), 0), Lock()
     waiting = [(name, seed) for name in ("base", *args.jobs) for seed in seeds if not finished(args, name, seed)]
-    running, failed, most = {}, set(), places.qsize()
+    running, failed = {}, set()
 
     def one(name, seed):
-        gpu = places.get()
+        with lock:
+            gpu = min(busy, key=busy.get)
+            busy[gpu] += 1
         try:
             took = begin(args, gpu, name, seed)
         finally:
-            places.put(gpu)
+            with lock:
+                busy[gpu] -= 1
         if took is None:
             failed.add((name, seed))
         else:
             say(f"[{time.time() - args.started:4.0f} s] {name}, seed {seed}: {took:.0f} s")
 
-    with ThreadPoolExecutor(most) as pool:
+    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
         while waiting or running:
             for job in list(waiting):
                 name, seed = job
                 first = () if name == "base" else (JOBS[name].after, *JOBS[name].needs)
+                urgent = name in URGENT and torch.cuda.is_available()
                 if any((f, seed) in failed for f in first):
                     failed.add(job)
                     waiting.remove(job)
-                elif all(finished(args, f, seed) for f in first) and len(running) < most:
+                elif all(finished(args, f, seed) for f in first):
                     if time.time() > args.until:
                         say(f"no time left for {name}, seed {seed}")
-                    else:
+                        waiting.remove(job)
+                    elif urgent or len(running) < args.together * len(busy):
                         running[pool.submit(one, name, seed)] = job
-                    waiting.remove(job)
+                        waiting.remove(job)
             if not running:
                 for name, seed in waiting:
                     say(f"{name}, seed {seed}: what it starts from is not there")
                 break
-            done, _ = wait(running, timeout=1.0)
+            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
                 del running[future]
