@@ -17,8 +17,10 @@ import torch
 
 
 def rows(samples, device, multiple=16):
-    """(ids (b, l) int64, said (b, l) bool) of rollout.Samples, or anything with `prompt` and `said`. Padded on the right
-    (who only looks back never sees padding), to a multiple, so that a GPU's kernels are not made anew each time."""
+    """(ids (b, l) int64, said (b, l) bool) of rollout.Samples, or anything with `prompt` and `said`.
+
+    Padded on the right (who only looks back never sees padding), to a multiple, so that a GPU's kernels are not made
+    anew each time."""
     longest = max(len(s.prompt) + len(s.said) for s in samples)
     longest = -(-longest // multiple) * multiple
     ids, said = np.zeros((len(samples), longest), np.int64), np.zeros((len(samples), longest), bool)

@@ -57,8 +57,12 @@ class Pace:
     prompt_tokens: int = 0
     seconds: float = 0.0
 
+    def rate(self):
+        """Tokens said a second; prompts' tokens do not count, their seconds do."""
+        return self.tokens / max(1e-9, self.seconds)
+
     def __str__(self):
-        return f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens / max(1e-9, self.seconds):,.0f} tokens/s"
+        return f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.rate():,.0f} tokens/s"
 
 
 def draw(logits, temperature, generator=None):
@@ -100,7 +104,7 @@ class Roller:
         in the order of the prompts. The same seed, prompts and weights give the same answers on the same device."""
         if not prompts or min(map(len, prompts)) == 0 or group < 1 or room < 1 or not temperature > 0:
             raise ValueError(
-                f"rollouts need prompts with at least one token, a group and room of at least 1 and a temperature above 0; "
+                f"rollouts need prompts with a token or more, a group and a room of 1 or more, a temperature above 0; "
                 f"got {len(prompts)} prompts, group {group}, room {room}, temperature {temperature}"
             )
         start = time.perf_counter()

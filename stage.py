@@ -117,7 +117,7 @@ class Stage:
             loop = resume.load_training(self.state_file, model, optimizer)
             self.step, self.before = loop["step"], loop["seconds"]
             scaler.load_state_dict(loop["scaler"])
-            self.log = [e for e in read_log(self.out / "log.jsonl") if 0 < e.get("step", 0) <= self.step]
+            self.log = [e for e in read_log(self.out / "log.jsonl") if 0 <= e.get("step", -1) <= self.step]
             self.say(f"resume    at step {self.step}")
         with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
