@@ -147,6 +147,8 @@ def test_held_out_figures_of_judges_that_know_know_the_reverse_and_know_nothing(
 
     assert judged(asked) == {"pairs": 1.0, "rank": pytest.approx(1), "rank in prompt": pytest.approx(1)}
     assert judged(lambda p, a: -preferences.score(p, a))["pairs"] == 0
+    monkeypatch.setattr(reward, "ANSWERS", 2)  # often of equal points: then there is no order to find
+    assert judged(asked)["rank in prompt"] == pytest.approx(1)
     nothing = judged(lambda p, a: 0.0)
     assert nothing == {"pairs": 0.5, "rank": 0.0, "rank in prompt": 0.0}
     shifted = judged(lambda p, a: preferences.score(p, a) - 40 * sum(n for _, n in p.wanted))  # apart
