@@ -91,13 +91,8 @@ class DpoConfig:
 
 
 RUNS = {  # by size: below 3 M parameters, and from there on
-<<<<<<< HEAD
-    "small": dict(rounds=4, episodes=48, plays=4, batch=8, lr=5e-5, skills_every=2, skills_count=13, eval_count=54),
-    "large": dict(rounds=6, episodes=512, plays=8, batch=64, lr=1e-4, skills_every=2, skills_count=39, eval_count=108),
-=======
     "small": dict(rounds=6, episodes=64, plays=4, batch=8, lr=1e-4, skills_every=2, skills_count=13, eval_count=54),
-    "large": dict(rounds=6, episodes=512, plays=8, batch=64, lr=3e-5, skills_every=2, skills_count=39, eval_count=108),
->>>>>>> 1627e045e4f255f725d54571a5d2fdbb6cbe8d81
+    "large": dict(rounds=6, episodes=512, plays=8, batch=64, lr=1e-4, skills_every=2, skills_count=39, eval_count=108),
 }
 NOT_THE_RUN = {"out", "device", "dtype", "impl", "tokens", "skills_every", "skills_count", "eval_count"}
 

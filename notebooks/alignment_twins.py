@@ -56,7 +56,7 @@ class Job:
 
 
 CHAIN = ("sft1", "sft2", "sft3", "ifrl", "dpo", "rlhf")
-SWEEP = "0,0.2,0.3,0.4,0.5,0.6,0.7,0.8,1"
+SWEEP = "0,0.3,0.4,0.5,0.6,0.7,1"
 JOBS = {  # the longest way through is begun first
     "sft1": Job("base", "sft.py --stage 1"),
     "sft2": Job("sft1", "sft.py --stage 2"),
@@ -248,7 +248,7 @@ def main(argv=None):
     parser.add_argument("--base-flags", default="", help="more flags for train.py")
     for script in ("sft", "grpo", "dpo", "reward"):
         parser.add_argument(f"--{script}-flags", default="", help=f"more flags for {script}.py")
-    parser.add_argument("--count", type=int, default=312, help="held-out prompts of each kind (312)")
+    parser.add_argument("--count", type=int, default=208, help="held-out prompts of each kind (208)")
     parser.add_argument("--out", default="assets/alignment_twins.json", help="where to write the results")
     parser.add_argument("--figures", metavar="PREFIX", help="also draw the figures, into PREFIX_skills.png and others")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS, metavar="JOB",
