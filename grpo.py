@@ -71,7 +71,7 @@ class GrpoConfig:
     checkpoint: str = ""  # folder of the model to start from; empty: what the stage before leaves by default
     out: str = ""  # folder for log, plot and checkpoint; empty: out-ifrl, out-rlhf, out-gym; a run there is resumed
     judge: str = "out-reward"  # with preferences: the folder that reward.py left
-    families: str = "chain_sum,spell_backward,letter_counting"  # with gym: families of reasoning-gym, with commas between
+    families: str = "chain_sum,spell_backward,letter_counting"  # with gym: families of reasoning-gym
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32 or bfloat16: what the matrix products run in
     impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
