@@ -142,7 +142,9 @@ def launch(args, gpu, name, seed):
         print(f"{name}, seed {seed} failed ({done.returncode}): {tail}", flush=True)
         return None
     took = time.time() - start
-    beside(args, name, seed, ".seconds").write_text(f"{took:.1f}")
+    temporary = beside(args, name, seed, ".seconds.tmp")  # who sees the file sees what is in it
+    temporary.write_text(f"{took:.1f}")
+    os.replace(temporary, beside(args, name, seed, ".seconds"))
     return took
 
 
