@@ -265,7 +265,8 @@ def tables(record):
 
 
 def figures(record, prefix):
-    """PREFIX_skills.png (skills after every stage, and the merge), PREFIX_budget.png (the report's figure 5)."""
+    """PREFIX_skills.png (skills after every stage, and the merge), PREFIX_budget.png (the report's figure 5),
+    PREFIX_rewards.png (rewards while they are learned from)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -306,4 +307,15 @@ def figures(record, prefix):
     axes[0].legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(f"{prefix}_budget.png", dpi=100)
+    plt.close(fig)
+
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for axis, job in zip(axes, ("ifrl", "rlhf", "gym")):
+        for seed, run in runs.get(job, {}).items():
+            spots = [(e["step"], e["reward"]) for e in run["log"] if "reward" in e]
+            axis.plot(*zip(*spots), linewidth=1, label=f"seed {seed}")
+        axis.set(xlabel="step", ylabel="mean reward", title=job)
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(f"{prefix}_rewards.png", dpi=100)
     plt.close(fig)

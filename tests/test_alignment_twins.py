@@ -229,7 +229,7 @@ def test_all_tables_and_figures_are_made_of_a_whole_record_and_some_of_a_part(re
     assert "| adding | 0% (0% to 0%) |" in text and "70%" in lines(text, "| adding")[0]
     assert f"| ifrl | {shown.several([0.5, 0.5])} |" in text
     shown.figures(record, tmp_path / "f")
-    for name in ("f_skills.png", "f_budget.png"):
+    for name in ("f_skills.png", "f_budget.png", "f_rewards.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     part = record | {"runs": [r for r in record["runs"] if r["job"] in ("sft1", "sft2")]}
     text = shown.tables(part)
