@@ -111,9 +111,9 @@ def packing_table(runs):
         if first in runs:
             row = [how]
             for job in (first, then):
-                row += [several(ends(runs, job, name)) for name in ("tools", "chain", "on")]
+                row += [several(ends(runs, job, name)) for name in ("tools", "chain", "restraint")]
             rows.append(row)
-    head = ["stage 1", *(f"{name} after stage {n}" for n in (1, 2) for name in ("tools", "chain", "on"))]
+    head = ["stage 1", *(f"{name} after stage {n}" for n in (1, 2) for name in ("tools", "chain", "restraint"))]
     return "Packing: the same examples in the same steps (stage 2 is one a row for all):\n\n" + table(head, rows)
 
 
