@@ -36,6 +36,8 @@ def shortened(command):
         return command + " --samples 8", ""
     if "sft.py" in command:
         return command + " --steps 3 --batch-rows 2 --skills-every 2 --skills-count 1 --eval-count 1", ""
+    if "reward.py" in command:
+        return command + " --steps 3 --pairs 2 --held-every 2 --held-count 4 --eval-count 4", ""
     if "skills.py" in command:
         return command + " --count 1 --budgets 0 8", ""
     if "evaluate.py" in command:
