@@ -13,6 +13,7 @@ hits all), and prints medians and the ratio. It prints what it ran on, because a
     python bench.py memory              the memory formula beside what is really held
     python bench.py loading             a folder of the 9B: seconds to open it, and the host's memory
     python bench.py throughput          the 9B against a transformer in the same memory: the report's headline
+    python bench.py rollouts            tokens/s of many drawn answers, as reinforcement learning asks for them
 
 All but the first are written in benchmarks/. This file must not be imported by anything:
 it is a command. The other side of `mixer`, transformers' PyTorch path of NemotronH, is a test extra and not needed for
@@ -30,7 +31,7 @@ import time
 import device  # noqa: F401  isort: skip  (before torch: how its threads wait)
 import torch
 
-from benchmarks import eight_bits, measure, serving_command, training
+from benchmarks import eight_bits, measure, rollouts, serving_command, training
 from benchmarks.timing import cpu_name
 from mamba2 import Mamba2Mixer
 from model import PRESETS
@@ -177,6 +178,11 @@ def bench_serving(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def bench_rollouts(args):
+    rollouts.command(args.checkpoint, args.rows, args.group, args.room, args.repeats, args.device)
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """A bad flag is one sentence, as any other bad input is."""
 
@@ -273,6 +279,18 @@ def main(argv=None):
             part.add_argument("--rows", type=positive, nargs="+", metavar="B", help="batch sizes (1 8 16 32)")
             part.add_argument("--tokens", type=positive, metavar="N", help="tokens that the rows hold (8192)")
         part.set_defaults(run=bench_serving)
+
+    speak = commands.add_parser(
+        "rollouts", help="tokens/s of many drawn answers, as reinforcement learning asks for them",
+        description="rollout.py with a trained checkpoint, for several numbers of rows; a minute on a GPU.",
+    )  # fmt: skip
+    speak.add_argument("--checkpoint", default="out", help="folder of a trained model (out)")
+    speak.add_argument("--rows", type=positive, nargs="+", metavar="B", help="answers at a time")
+    speak.add_argument("--group", type=positive, default=16, help="answers to each prompt (16)")
+    speak.add_argument("--room", type=positive, default=128, help="tokens of an answer at most (128)")
+    speak.add_argument("--repeats", type=positive, default=5, help="timed calls of each size (5)")
+    speak.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    speak.set_defaults(run=bench_rollouts)
 
     try:
         args = parser.parse_args(argv)

@@ -91,8 +91,8 @@ class DpoConfig:
 
 
 RUNS = {  # by size: below 3 M parameters, and from there on
-    "small": dict(rounds=4, episodes=48, plays=4, batch=8, lr=5e-5, skills_every=2, skills_count=13, eval_count=54),
-    "large": dict(rounds=6, episodes=512, plays=8, batch=64, lr=3e-5, skills_every=2, skills_count=39, eval_count=108),
+    "small": dict(rounds=6, episodes=64, plays=4, batch=8, lr=1e-4, skills_every=2, skills_count=13, eval_count=54),
+    "large": dict(rounds=6, episodes=512, plays=8, batch=64, lr=1e-4, skills_every=2, skills_count=39, eval_count=108),
 }
 NOT_THE_RUN = {"out", "device", "dtype", "impl", "tokens", "skills_every", "skills_count", "eval_count"}
 
@@ -349,7 +349,7 @@ def run(config, say=print):
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     job.begin(model, optimizer, scaler)
     roller = Roller(model, tokenizer, dtype if device.type == "cuda" else None)
-    roller.longest = -(-config.length // 64) * 64  # slots of one size from the first: no round depends on those before
+    roller.longest = -(-config.length // 64) * 64  # slots of one size from the first, whatever was said before
     model.train()
     for number in job.steps(config.rounds, 1):
         entry = one_round(job, roller, tokenizer, config, number, autocast)

@@ -21,12 +21,12 @@ here wrote. Each environment has the same face:
 import importlib.util
 from random import Random
 
-from reward import load_reward, score_answers
-
 import instructions
 import preferences
 import skills
+from device import choose_impl
 from generate import chat_prompt, generate
+from reward import load_reward, score_answers
 from template import END_THINK, THINK
 
 GYM = {  # options of reasoning-gym's families that keep them within what models of this size write
@@ -92,6 +92,7 @@ class Preferences:
 
     def __init__(self, folder, tokenizer, device, dtype=None):
         self.judge, theirs = load_reward(folder, device, dtype)
+        self.judge.backbone.use(choose_impl("auto", device, self.judge.config)[0])
         if (theirs.ranks, theirs.specials) != (tokenizer.ranks, tokenizer.specials):
             raise ValueError(
                 f"{folder} has another tokenizer than the policy: judge with one trained on its checkpoint"

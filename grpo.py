@@ -71,7 +71,7 @@ class GrpoConfig:
     checkpoint: str = ""  # folder of the model to start from; empty: what the stage before leaves by default
     out: str = ""  # folder for log, plot and checkpoint; empty: out-ifrl, out-rlhf, out-gym; a run there is resumed
     judge: str = "out-reward"  # with preferences: the folder that reward.py left
-    families: str = "chain_sum,spell_backward"  # with gym: families of reasoning-gym, with commas between
+    families: str = "chain_sum,spell_backward,letter_counting"  # with gym: families of reasoning-gym
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32 or bfloat16: what the matrix products run in
     impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
@@ -99,7 +99,7 @@ class GrpoConfig:
 RUNS = {  # by size: below 3 M parameters, and from there on; steps by stage
     "small": dict(steps=dict(ifrl=40, rlhf=40, gym=60), prompts=8, group=8, lr=2e-4, part_tokens=4096, log_every=1,
                   skills_every=20, skills_count=13, save_every=20, eval_count=54),
-    "large": dict(steps=dict(ifrl=60, rlhf=60, gym=100), prompts=128, group=16, lr=1e-4, part_tokens=65536,
+    "large": dict(steps=dict(ifrl=40, rlhf=40, gym=60), prompts=128, group=16, lr=1e-4, part_tokens=65536,
                   log_every=5, skills_every=30, skills_count=39, save_every=30, eval_count=108),
 }  # fmt: skip
 NOT_THE_RUN = {
@@ -282,7 +282,9 @@ def run(config, say=print):
         for group in optimizer.param_groups:
             group["lr"] = rate
         roller.follow(model)
+        spoken = roller.pace.tokens, roller.pace.seconds
         batch = collect(roller, tokenizer, environment, config, step)
+        tokens, seconds = roller.pace.tokens - spoken[0], roller.pace.seconds - spoken[1]
         model.train()
         began = time.time()
         watched = learn(model, reference, optimizer, batch, config, autocast)
@@ -292,7 +294,7 @@ def run(config, say=print):
         lengths = [len(s.said) for s in batch.samples]
         entry = {
             "reward": batch.rewards.mean().item(), "well_formed": sum(batch.formed) / len(lengths),
-            "length": sum(lengths) / len(lengths), "lr": rate, "tokens_per_second": roller.pace.rate(),
+            "length": sum(lengths) / len(lengths), "lr": rate, "tokens_per_second": tokens / seconds,
             "learning_seconds": round(time.time() - began, 3), **watched,
         }  # fmt: skip
         job.record(entry)

@@ -13,9 +13,9 @@ moments are 66.2. So three things go:
 
 What stays: 22.9 + 16.6 + 1.1 GiB, and 39 GiB for activations, the loss's slices and the pieces in which an update is
 computed. With layers computed again these take 11.6 GiB for a step of 8,192 tokens by the formula (`needed_bytes` in
-pair.py), 52.2 in all; for one of 32,768 tokens 67.8 in all. (Moments of eight bits would fit too, 16.8 GiB with scales.
-But averages that move by a twentieth a step are lost between eight-bit numbers that are a sixteenth apart, unless they
-are rounded at random as well: more code, and one more thing to doubt.)
+pair.py), 52.2 in all (measured 49.5, see RESULTS.md); for one of 32,768 tokens 67.8 in all. (Moments of eight bits
+would fit too, 16.8 GiB with scales. But averages that move by a twentieth a step are lost between eight-bit numbers
+that are a sixteenth apart, unless they are rounded at random as well: more code, and one more thing to doubt.)
 
 What it costs. Without momentum a step follows one batch's gradient, noise and all, so the rate must be lower than
 AdamW's; without a whole gradient its norm is not known before it is used, so it cannot be clipped. In its place an

@@ -83,7 +83,7 @@ class RewardConfig:
 RUNS = {  # by size: below 3 M parameters, and from there on
     "small": dict(steps=200, pairs=32, tokens=2048, lr=1e-3, log_every=10, held_every=40, held_count=100,
                   save_every=100, eval_count=400),
-    "large": dict(steps=300, pairs=128, tokens=32768, lr=5e-4, log_every=10, held_every=50, held_count=400,
+    "large": dict(steps=600, pairs=128, tokens=32768, lr=5e-4, log_every=10, held_every=50, held_count=400,
                   save_every=150, eval_count=2000),
 }  # fmt: skip
 NOT_THE_RUN = {"out", "device", "dtype", "impl", "log_every", "held_every", "held_count", "save_every", "eval_count"}

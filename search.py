@@ -23,6 +23,8 @@ Is the released shape found? By the plain formula it is not among the first thre
 
     4480, 17920, 128   19.62 GiB      4800, 16800, 112   19.42 GiB      4800, 14400, 128   19.30 GiB
 
+and an H200 allocates just that for them (`--device cuda`).
+
 The other two candidates of the report we know at second hand only: (4480, 17920, 112) and (4800, 14400, 120), which
 give the parameter counts reported for them, 8.92 and 8.97 B. With the released one they are numbers five to seven here,
 next to each other. So it seems that something took between 0.48 and 0.83 GiB that the formula does not count: with

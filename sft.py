@@ -77,7 +77,7 @@ class SftConfig:
 RUNS = {  # by size: below 3 M parameters, and from there on; steps by stage
     "small": dict(steps=(500, 250, 200), batch_rows=8, length=448, lr=1.5e-3, log_every=25, skills_every=100,
                   skills_count=13, save_every=100, eval_count=54),
-    "large": dict(steps=(800, 300, 300), batch_rows=64, length=512, lr=8e-4, log_every=50, skills_every=150,
+    "large": dict(steps=(200, 80, 80), batch_rows=64, length=512, lr=8e-4, log_every=50, skills_every=150,
                   skills_count=39, save_every=300, eval_count=108),
 }  # fmt: skip
 NOT_THE_RUN = {

@@ -182,9 +182,13 @@ def claims(record, runs):
         if have(first, then, "sft2, after alone"):
             lost = gains(runs, then, "sft2, after alone", "tools")
             rows.append(verdict(mean(lost) < 0.03, f"stage 2 regains it ({then}): {points(lost)} points are left"))
-    for before, after, name, least in (
-        ("sft3", "ifrl", "instructions", 0.10), ("ifrl", "dpo", "tools", 0.05), ("dpo", "rlhf", "liked", 0.0),
-    ):  # fmt: skip
+    if have("sft3", "ifrl"):
+        few = gains(runs, "sft3", "ifrl", "instructions")
+        many = [r["end"]["hard"] - r["before"]["hard"] for r in runs["ifrl"].values() if "hard" in r["before"]]
+        won = [0.6 * a + 0.4 * b for a, b in zip(few, many)]
+        told = f"{points(won)} (one to three {points(few)}, four and five {points(many)})"
+        rows.append(verdict(mean(won) >= 0.1, f"ifrl lifts prompts of one to five conditions by 10 points: {told}"))
+    for before, after, name, least in (("ifrl", "dpo", "tools", 0.05), ("dpo", "rlhf", "liked", 0.0)):
         if have(before, after):
             won = gains(runs, before, after, name)
             bar = f"by {100 * least:.0f} points or more" if least else ""
@@ -261,7 +265,8 @@ def tables(record):
 
 
 def figures(record, prefix):
-    """PREFIX_skills.png (skills after every stage, and the merge), PREFIX_budget.png (the report's figure 5)."""
+    """PREFIX_skills.png (skills after every stage, and the merge), PREFIX_budget.png (the report's figure 5),
+    PREFIX_rewards.png (rewards while they are learned from)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -302,4 +307,15 @@ def figures(record, prefix):
     axes[0].legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(f"{prefix}_budget.png", dpi=100)
+    plt.close(fig)
+
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for axis, job in zip(axes, ("ifrl", "rlhf", "gym")):
+        for seed, run in runs.get(job, {}).items():
+            spots = [(e["step"], e["reward"]) for e in run["log"] if "reward" in e]
+            axis.plot(*zip(*spots), linewidth=1, label=f"seed {seed}")
+        axis.set(xlabel="step", ylabel="mean reward", title=job)
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(f"{prefix}_rewards.png", dpi=100)
     plt.close(fig)

@@ -27,11 +27,11 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from queue import Queue
+from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,7 +56,7 @@ class Job:
 
 
 CHAIN = ("sft1", "sft2", "sft3", "ifrl", "dpo", "rlhf")
-SWEEP = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+SWEEP = "0,0.3,0.4,0.5,0.6,0.7,1"
 JOBS = {  # the longest way through is begun first
     "sft1": Job("base", "sft.py --stage 1"),
     "sft2": Job("sft1", "sft.py --stage 2"),
@@ -98,7 +98,9 @@ def command(args, name, seed):
     if script != "merge.py":
         words += ["--checkpoint", places[job.after]]
     if not job.printed:
-        words += ["--out", places[name], "--seed", str(seed), "--skills-every", "0", "--eval-count", str(args.count)]
+        words += ["--out", places[name], "--seed", str(seed)]
+        if script != "reward.py":
+            words += ["--skills-every", "0", "--eval-count", str(args.count)]
         words += shlex.split(args.flags.get(script.removesuffix(".py"), ""))
     else:
         words += ["--count", str(args.count), "--seed", str(seed)]
@@ -140,7 +142,9 @@ def launch(args, gpu, name, seed):
         print(f"{name}, seed {seed} failed ({done.returncode}): {tail}", flush=True)
         return None
     took = time.time() - start
-    beside(args, name, seed, ".seconds").write_text(f"{took:.1f}")
+    temporary = beside(args, name, seed, ".seconds.tmp")  # who sees the file sees what is in it
+    temporary.write_text(f"{took:.1f}")
+    os.replace(temporary, beside(args, name, seed, ".seconds"))
     return took
 
 
@@ -152,44 +156,52 @@ def gpus(args):
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
+URGENT = ("base", *CHAIN, "reward", "merge")  # each waits for the one before: they never wait for a place
+
+
 def collect(args, record, out, say, begin=launch):
-    """Every wanted job of every seed, as soon as what it starts from is there, `together` at a time on each GPU."""
-    seeds, places = range(args.first_seed, args.first_seed + args.seeds), Queue()
-    for gpu in gpus(args) * args.together:
-        places.put(gpu)
+    """Every wanted job of every seed as soon as what it starts from is there: the chain at once, the others
+    `together` at a time on each GPU; each where fewest are running."""
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    busy, lock = dict.fromkeys(gpus(args), 0), Lock()
     waiting = [(name, seed) for name in ("base", *args.jobs) for seed in seeds if not finished(args, name, seed)]
-    running, failed, most = {}, set(), places.qsize()
+    running, failed = {}, set()
 
     def one(name, seed):
-        gpu = places.get()
+        with lock:
+            gpu = min(busy, key=busy.get)
+            busy[gpu] += 1
         try:
             took = begin(args, gpu, name, seed)
         finally:
-            places.put(gpu)
+            with lock:
+                busy[gpu] -= 1
         if took is None:
             failed.add((name, seed))
         else:
             say(f"[{time.time() - args.started:4.0f} s] {name}, seed {seed}: {took:.0f} s")
 
-    with ThreadPoolExecutor(most) as pool:
+    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
         while waiting or running:
             for job in list(waiting):
                 name, seed = job
                 first = () if name == "base" else (JOBS[name].after, *JOBS[name].needs)
+                urgent = name in URGENT and torch.cuda.is_available()
                 if any((f, seed) in failed for f in first):
                     failed.add(job)
                     waiting.remove(job)
-                elif all(finished(args, f, seed) for f in first) and len(running) < most:
+                elif all(finished(args, f, seed) for f in first):
                     if time.time() > args.until:
                         say(f"no time left for {name}, seed {seed}")
-                    else:
+                        waiting.remove(job)
+                    elif urgent or len(running) < args.together * len(busy):
                         running[pool.submit(one, name, seed)] = job
-                    waiting.remove(job)
+                        waiting.remove(job)
             if not running:
                 for name, seed in waiting:
                     say(f"{name}, seed {seed}: what it starts from is not there")
                 break
-            done, _ = wait(running, timeout=1.0)
+            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
                 del running[future]
@@ -238,7 +250,7 @@ def main(argv=None):
     parser.add_argument("--base-flags", default="", help="more flags for train.py")
     for script in ("sft", "grpo", "dpo", "reward"):
         parser.add_argument(f"--{script}-flags", default="", help=f"more flags for {script}.py")
-    parser.add_argument("--count", type=int, default=312, help="held-out prompts of each kind (312)")
+    parser.add_argument("--count", type=int, default=208, help="held-out prompts of each kind (208)")
     parser.add_argument("--out", default="assets/alignment_twins.json", help="where to write the results")
     parser.add_argument("--figures", metavar="PREFIX", help="also draw the figures, into PREFIX_skills.png and others")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS, metavar="JOB",

@@ -17,6 +17,8 @@ import evaluate
 from prune import CUT
 from recovery import recovered
 
+AFTER = "FFN neurons"  # the axis on which the tap matters
+
 
 def shares(run):
     """The exam of a run as `recovery.recovered` wants it: {"exact": {family or kind: share}, "bits": {kind: bits}}."""
@@ -55,6 +57,13 @@ def holds(runs, names, value, strict=False):
     return f"{sum(kept)} of {len(kept)} seeds"
 
 
+def orders(runs, names, strict=False):
+    """`holds` for the loss, for exact answers (the most first), and for the bits of each kind of text, in words."""
+    of = lambda value: holds(runs, names, value, strict)
+    bits = ", ".join(f"{of(lambda r, k=k: r['bits'][k])} on {k}" for k in runs[names[0]][0]["bits"])
+    return of(lambda r: r["loss"]), of(lambda r: -shares(r)["exact"].get("all", 0)), bits
+
+
 def best_arm(record):
     """The trained run of the target's shape whose mean over seeds is the most exact."""
     means = {}
@@ -74,7 +83,7 @@ def axes_tables(runs):
     for run in runs:
         for one in run["cuts"]:
             cuts.setdefault((one["axis"], one["size"], one["of"]), []).append(one)
-    rows, ways, layers = [], [], []
+    rows, ways, layers, behind = [], [], [], []
     for (axis, size, whole), ones in cuts.items():
         holds = [o["ranked"] < statistics.mean(o["random"]) < o["reversed"] for o in ones]
         under = [sum(o["ranked"] < x for x in o["random"]) for o in ones]
@@ -85,9 +94,15 @@ def axes_tables(runs):
         ])  # fmt: skip
         by = [several([o["by"][way] for o in ones], ".3f") for way in ones[0]["by"]]
         if axis == "layers":
-            layers.append([f"{whole} -> {size}", *by])
+            kept = [o["by"]["iterative"] <= o["by"]["one-shot"] for o in ones]
+            layers.append([f"{whole} -> {size}", *by, f"{sum(kept)} of {len(kept)}"])
         else:
             ways.append([f"{axis} {whole} -> {size}", *by, several([o["rescaled"] for o in ones], ".3f")])
+            if axis == AFTER and "post, l2" in ones[0]["by"]:
+                post = [(o["by"]["post, l2"], o["random"]) for o in ones]
+                mean, each = sum(x < statistics.mean(of) for x, of in post), sum(x < y for x, of in post for y in of)
+                draws = sum(len(of) for _, of in post)
+                behind.append(f"{whole} -> {size} in {mean} of {len(post)} seeds and {each} of {draws} cuts")
     text = [
         f"What a cut costs before any distillation: loss on fresh rows, nats a token; {len(runs)} seed(s), "
         f"{len(next(iter(cuts.values()))[0]['random'])} random cuts of each size and seed; mean (least to most):",
@@ -100,8 +115,14 @@ def axes_tables(runs):
             "The same by tap (neurons before or after their activation) and aggregate; the last with norms rescaled:",
             table(["cut", *first(False)["by"], "pre, l2, rescaled"], ways),
         ]
+    if behind:
+        text.append(
+            f"{AFTER} by what leaves them ('post, l2') cost less than the mean of the random cuts, and than each: "
+            f"{'; '.join(behind)}."
+        )
     if layers:
-        text += ["Layers, by the way they are measured:", table(["layers", *first(True)["by"]], layers)]
+        text += ["Layers, by the way they are measured:",
+                 table(["layers", *first(True)["by"], "iterative no worse than one-shot, seeds"], layers)]  # fmt: skip
     return text
 
 
@@ -123,7 +144,7 @@ def tables(record):
         c = run["config"]
         return f"{len(c['pattern'])} layers, {', '.join(str(c[name]) for name in CUT[:3])}"
 
-    told = dict(
+    titles = dict(
         depth="Fewer layers at equal tokens (parameters are not equal):",
         width="With and without Mamba heads cut, at equal parameters and tokens:",
         recovery="Recovery at the target's shape:",
@@ -138,7 +159,7 @@ def tables(record):
         "loss as cut",
         "loss",
     ]
-    for part, title in told.items():
+    for part, title in titles.items():
         names = [name for name, of in runs.items() if of[0].get("part") == part]
         if not names:
             continue
@@ -157,13 +178,17 @@ def tables(record):
         bits = [f"{kind}, bits" for kind in runs[names[0]][0]["bits"]]
         gaps = [f"gap closed, {kind}" for kind in (*kinds, *runs[names[0]][0]["bits"])] if part == "recovery" else []
         text += [title, table([*head, *kinds, *bits, *gaps], rows)]
-        exact = lambda r: -shares(r)["exact"].get("all", 0)
         if part == "depth":
-            by = [holds(runs, names, value, strict=True) for value in (lambda r: r["loss"], exact)]
-            text.append(f"With every step of depth the loss rises in {by[0]}, and exact answers fall in {by[1]}.")
+            told = (
+                "With every step of depth the loss rises in {}, and exact answers fall in {}; bits a byte rise in {}."
+            )
+            text.append(told.format(*orders(runs, names, strict=True)))
         elif part == "width":
-            by = [holds(runs, names, value) for value in (lambda r: r["loss"], exact)]
-            text.append(f"{names[0]!r} has the lowest loss in {by[0]}, and the most exact answers in {by[1]}.")
+            told = "{!r} has the lowest loss in {}, and the most exact answers in {}; the fewest bits a byte in {}."
+            text.append(told.format(names[0], *orders(runs, names)))
+        elif {"kl", "ce"} <= runs.keys():
+            told = "'kl' has a lower loss than 'ce' in {}, and more exact answers in {}; fewer bits a byte in {}."
+            text.append(told.format(*orders(runs, ["kl", "ce"])))
 
     best = best_arm(record)
     shown = [a for a in dict.fromkeys(("parent", "pruned", "kl", best)) if a in runs and runs[a][0].get("exact")]
@@ -183,8 +208,8 @@ def tables(record):
 
 
 def figure(record, path):
-    """By family: the parent, the model as cut, and after the recovery that is the most exact; thin lines from the
-    worst seed to the best."""
+    """By family: the parent, the model as cut, and after recovery, by forward KL and by the arm that is the most exact;
+    thin lines from the worst seed to the best."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,7 +218,7 @@ def figure(record, path):
     best = best_arm(record)
     runs = {
         arm: [shares(r)["exact"] for r in record["runs"] if r["arm"] == arm and r.get("exact")]
-        for arm in dict.fromkeys(("parent", "pruned", best))
+        for arm in dict.fromkeys(("parent", "pruned", "kl", best))
     }
     runs = {arm: of for arm, of in runs.items() if of}
     if not runs:
@@ -203,13 +228,13 @@ def figure(record, path):
     for i, (arm, of) in enumerate(runs.items()):
         mean = [statistics.mean(r[f] for r in of) for f in families]
         low, high = ([abs(m - pick(r[f] for r in of)) for f, m in zip(families, mean)] for pick in (min, max))
-        at = [x + (i - 1) * 0.27 for x in range(len(families))]
+        at = [x + (i - (len(runs) - 1) / 2) * 0.81 / len(runs) for x in range(len(families))]
         label = arm if arm in ("parent", "pruned") else f"recovered ({arm})"
-        axis.bar(at, mean, 0.25, yerr=(low, high), label=label, error_kw=dict(linewidth=0.8))
+        axis.bar(at, mean, 0.75 / len(runs), yerr=(low, high), label=label, error_kw=dict(linewidth=0.8))
     axis.set_xticks(range(len(families)), families, rotation=30, ha="right")
     seeds = len(runs[best])
     axis.set(ylabel="exact answers", ylim=(0, 1.02), title=f"{record['preset']}, cut and recovered, {seeds} seed(s)")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)

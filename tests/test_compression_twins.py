@@ -201,7 +201,9 @@ def by_hand():
                 "exact": exam({"add": add + 0.1 * seed, "needle": needle}),
             })  # fmt: skip
         cut = dict(axis="FFN neurons", size=3, of=4, ranked=1.0, random=[2.0, 0.5 + seed], reversed=3.0, rescaled=1.0)
-        runs.append({"arm": "axes", "part": "axes", "seed": seed, "cuts": [cut | {"by": {"pre, l2": 1.0}}]})
+        gone = cut | dict(axis="layers", by={"iterative": 1.0, "one-shot": 1.0 - 0.1 * seed})
+        cuts = [cut | {"by": {"pre, l2": 1.0, "post, l2": 1.1}}, gone]
+        runs.append({"arm": "axes", "part": "axes", "seed": seed, "cuts": cuts})
     memory = [
         {"arm": "kl", "shape": [112, 384, 4, 64, 3, 1, 2], "tokens": 4096, "formula": 2**20, "held": 1.01 * 2**20}
     ]
@@ -221,6 +223,9 @@ def test_tables_are_sums_of_the_record(tmp_path, capsys):
         rows.setdefault(line.split(" | ")[0][2:], line.split(" | "))
     axis = rows["FFN neurons 4 -> 3"]
     assert axis[4:] == ["2 of 2", "3 of 4 |"] and axis[2].startswith("1.500 (0.500 to 2.000)")
+    assert "than each: 4 -> 3 in 2 of 2 seeds and 3 of 4 cuts." in printed
+    iterative = next(line for line in printed.splitlines() if line.startswith("| 4 -> 3 |"))
+    assert iterative.split(" | ")[1:] == ["1.000 (1.000 to 1.000)", "0.950 (0.900 to 1.000)", "1 of 2 |"]
     kl = rows["kl"]
     assert kl[4] == "10.0%" and kl[6:] != rows["ce"][6:]
     assert kl[7].startswith("55.0% (50.0% to 60.0%)") and kl[8] == "40.0% (40.0% to 40.0%)"
@@ -242,16 +247,24 @@ def test_orders_are_counted_by_seed():
     assert ways == ["1 of 3 seeds", "2 of 3 seeds"]
     assert shown.holds(runs((1, 1), (1, 2), (2,)), "abc", lambda r: r["x"], True) == "0 of 1 seeds"
     record = by_hand()
+    for run, loss in zip([r for r in record["runs"] if r["arm"] == "ce"], (1.1, 0.9)):
+        run["loss"] = loss
     for seed, losses in enumerate(((1.0, 1.1, 1.2), (1.0, 1.2, 1.1))):
         like = next(r for r in record["runs"] if r["arm"] == "kl" and r["seed"] == seed)
         for part, names in (
             ("depth", ("depth 1", "depth 2", "depth 3")),
             ("width", ("FFN + embedding", "heads + FFN")),
         ):
-            record["runs"] += [like | {"arm": a, "part": part, "loss": x} for a, x in zip(names, losses)]
+            for i, (arm, loss) in enumerate(zip(names, losses)):
+                bits = {"text": 1.0 + 0.1 * i, "code": 1.0 - 0.1 * i * seed}
+                record["runs"].append(like | {"arm": arm, "part": part, "loss": loss, "bits": bits})
     printed = shown.tables(record)
     assert "the loss rises in 1 of 2 seeds, and exact answers fall in 0 of 2 seeds" in printed
+    assert "bits a byte rise in 2 of 2 seeds on text, 0 of 2 seeds on code." in printed
     assert "'FFN + embedding' has the lowest loss in 2 of 2 seeds, and the most exact answers in 0 of 2" in printed
+    assert "the fewest bits a byte in 2 of 2 seeds on text, 0 of 2 seeds on code." in printed
+    assert "'kl' has a lower loss than 'ce' in 1 of 2 seeds, and more exact answers in 2 of 2 seeds" in printed
+    assert "fewer bits a byte in 0 of 2 seeds on text." in printed
 
 
 def test_memory_of_every_shape_once(made):
