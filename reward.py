@@ -239,8 +239,11 @@ def rank_correlation(a, b):
 def held_out(judge, tokenizer, count, seed=0):
     """{"pairs", "rank", "rank in prompt"} on held-out prompts: the share of `count` pairs without noise in which the
     judge agrees with the rule (a tie is half), and the rank correlation of its scores with the rule's points over
-    fresh answers: of all prompts together, and the mean over prompts of that among the answers to one. The rule has
-    ties; one that knows it, and orders these at random, would reach 0.995 and 0.94."""
+    fresh answers: of all prompts together, and the mean over prompts of that among the answers to one.
+
+    To read them: one that sees full stops and capitals and no word is right in 0.73 of the pairs, with 0.24 and 0.51;
+    one that knows the rule has 1.0, 0.995 and 0.94 if it orders answers of equal points at random.
+    """
     rng = Random(f"{seed} held out")
     pairs = [preferences.draw(rng, "test", 0.0) for _ in range(count)]
     groups = [preferences.draw_prompt(rng, "test") for _ in range(-(-count // 4))]
