@@ -135,6 +135,10 @@ def test_a_step_is_the_mean_over_all_pairs_whatever_the_parts(tokenizer):
         step = reward.train_step(judge, optimizer, scaler, parts, 1.0, lambda: torch.autocast("cpu", enabled=False))
         results.append([value.item() for value in step])
     assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=1e-4)
+    short, long = reward.read(tokenizer, "a", "b"), reward.read(tokenizer, "a", "b " * 99)
+    tokens = 3 * (len(long.prompt) + len(long.said))  # room for three such rows: one pair
+    for pair in ((short, long), (long, short)):
+        assert [ids.numel() for ids, _ in reward.parts_of([pair] * 2, tokens, "cpu")] == [tokens * 2 // 3] * 2
     judge = judge_of()
     flat = [sample for side in zip(*pairs) for sample in side]
     with torch.no_grad():
