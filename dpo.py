@@ -40,7 +40,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
 
-from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
 import torch
 import torch.nn.functional as F
 
@@ -48,12 +48,9 @@ import policy
 import skills
 import tools
 import train
-from checkpoint import load_pretrained
 from generate import chat_prompt
 from rollout import Roller, Sample
 from settings import finish
-from sizes import count_parameters
-from stage import Stage, plot, require
 from template import END_THINK
 
 KINDS = (*tools.KINDS, *tools.SEVERAL, "lacking")  # twice: where a result decides, and where restraint is asked for
@@ -322,33 +319,26 @@ def learn(model, optimizer, scaler, pairs, ref, config, number, autocast):
 def run(config, say=print):
     """Train, or go on training; returns the closing entry of the log, or None if it was stopped."""
     config = fill_in(config, None)
-    require("dpo", config.checkpoint)
-    device, why_device = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.dtype, device)
-    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
-    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
-    if tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no conversation can be written")
-    impl, why_impl = choose_impl(config.impl, device, model.config)
-    parameters = count_parameters(model.config)["total"]
+    start = open_start("dpo", config)
+    model, tokenizer, device = start.model, start.tokenizer, start.device
+    parameters = start.parameters
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage("dpo", config.checkpoint, config.out, settings, say)
     check_length(tokenizer, config.room, config.length)
-    model.use(impl)
 
     say(f"stage     dpo from {config.checkpoint} ({parameters:,} parameters), into {config.out}")
-    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
+    say(f"device    {start.why}")
     say(f"round     {config.episodes} episodes, {config.plays} plays of each at temperature {config.temperature:g}")
     say(
         f"step      {config.batch} pairs, {config.passes} pass(es) over a round's; beta {config.beta:g}, SFT weight "
         f"{config.sft_weight:g}; rate {config.lr:g}; {config.rounds} rounds"
     )
     optimizer = train.make_optimizer(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=start.dtype == torch.float16)
+    autocast = start.autocast
     job.begin(model, optimizer, scaler)
-    roller = Roller(model, tokenizer, dtype if device.type == "cuda" else None)
+    roller = Roller(model, tokenizer, start.dtype if device.type == "cuda" else None)
     roller.longest = -(-config.length // 64) * 64  # slots of one size from the first, whatever was said before
     model.train()
     for number in job.steps(config.rounds, 1):

@@ -35,7 +35,7 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
-from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+from stage import Stage, open_start, plot, stage_of  # isort: skip  (before torch: with device.py)
 import torch
 
 import policy
@@ -46,8 +46,6 @@ from conversations import Example, encode
 from safefile import CheckpointError, fsync_folder, open_safetensors, write_safetensors, writing
 from schedule import wsd
 from settings import finish
-from sizes import count_parameters
-from stage import Stage, plot, require, stage_of
 
 FILE = "reward.safetensors"
 ANSWERS = 8  # to a prompt, when answers to one prompt are put in order
@@ -334,23 +332,17 @@ def load_reward(folder, device="cpu", dtype=None):
 
 def run(config, say=print):
     """Train, or go on training; returns the closing entry of the log, or None if it was stopped."""
-    require("reward", config.checkpoint)
-    device, why_device = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.dtype, device)
-    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
-    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
-    if tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no answer can be read")
-    impl, why_impl = choose_impl(config.impl, device, model.config)
-    judge = RewardModel(model.use(impl)).train()
-    parameters = count_parameters(model.config)["total"]
+    start = open_start("reward", config)
+    model, tokenizer, device = start.model, start.tokenizer, start.device
+    judge = RewardModel(model).train()
+    parameters = start.parameters
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage("reward", config.checkpoint, config.out, settings, say)
     first = batch(tokenizer, config, 0)
 
     say(f"stage     reward from {config.checkpoint} ({parameters:,} parameters and w), into {config.out}")
-    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
+    say(f"device    {start.why}")
     tokens = sum(len(s.prompt) + len(s.said) for pair in first for s in pair)
     places = sum(ids.numel() for ids, _ in parts_of(first, config.tokens, device))
     say(
@@ -359,8 +351,8 @@ def run(config, say=print):
     )
 
     optimizer = train.make_optimizer(judge, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=start.dtype == torch.float16)
+    autocast = start.autocast
     job.begin(judge, optimizer, scaler)
     since, seen = time.time(), 0
     for step in job.steps(config.steps, config.save_every):

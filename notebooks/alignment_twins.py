@@ -124,7 +124,8 @@ def result(args, name, seed):
     told = {"seconds": float(beside(args, name, seed, ".seconds").read_text())}
     if JOBS[name].printed:
         lines = beside(args, name, seed, ".txt").read_text("utf-8").splitlines()
-        return told | json.loads(next(line for line in lines if line.startswith("{")))
+        printed = json.loads(next(line for line in lines if line.startswith("{")))
+        return told | {k: v for k, v in printed.items() if k in ("skills", "curve", "sweep")}
     lines = (folder(args, name, seed) / "log.jsonl").read_text("utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     kept = [{k: e[k] for k in KEPT if k in e} for e in log[: -1 : max(1, len(log) // 60)]]

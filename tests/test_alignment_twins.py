@@ -197,8 +197,11 @@ def test_verdicts_follow_from_the_record(record):
     assert held("ifrl lifts") and "+38.0" in lines(text, "ifrl lifts")[0]  # 0.6 * 30 + 0.4 * 50
     assert held("dpo lifts tools") and held("rlhf lifts liked") and held("rlhf lifts the reward model's score: +0.50")
     assert not held("packing costs tool success (sft1)") and held("stage 2 regains it")
+    assert "the hidden rule" in text and "plays of dpo's first and last round" in text
     assert held("98 % well formed") and held("of the same length") and held("accuracy rises")
-    assert held("without: longer answers (3.00") and held("keeps 90 % of all gains: 92% at 0.5; 92% at 0.5")
+    assert held("without: longer answers (3.00") and held(
+        "keeps 90 % of every gain of 3 points: 92% at 0.5; 92% at 0.5"
+    )
     assert held("the whole chain in 20 minutes") and "7.0" in lines(text, "whole chain")[0]
     assert not held("rollouts at 300,000")
     for run in record["runs"]:
