@@ -19,8 +19,8 @@ log pi(y) is the *sum* over all tokens of the answer, thought included. The grad
 Why in rounds. Pairs from an old policy teach about mistakes that the present one no longer makes. So each round the
 present policy plays anew, its pairs are collected, and it is itself the reference while it learns from them.
 
-    play       E episodes, K plays of each, all of them side by side, a turn at a time
-    pairs_of   the plays of an episode -> pairs
+    play       E episodes, K plays of each, all of them side by side, a turn at a time (plays.py)
+    pairs_of   the plays of an episode -> pairs (plays.py)
     train_step a mini-batch of pairs -> one optimizer step
 
 What to watch. The loss sees only the difference: the chosen answer's probability may fall too, as long as the rejected
@@ -37,10 +37,10 @@ log-probabilities and SFT weight 0 as in NVIDIA's RL library). Rounds, plays and
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from random import Random
 
-from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
 import torch
 import torch.nn.functional as F
 
@@ -48,15 +48,9 @@ import policy
 import skills
 import tools
 import train
-from checkpoint import load_pretrained
-from generate import chat_prompt
-from rollout import Roller, Sample
+from plays import KINDS, check_length, pairs_of, play
+from rollout import Roller
 from settings import finish
-from sizes import count_parameters
-from stage import Stage, plot, require
-from template import END_THINK
-
-KINDS = (*tools.KINDS, *tools.SEVERAL, "lacking")  # twice: where a result decides, and where restraint is asked for
 
 
 @dataclass
@@ -91,7 +85,7 @@ class DpoConfig:
 
 
 RUNS = {  # by size: below 3 M parameters, and from there on
-    "small": dict(rounds=4, episodes=48, plays=4, batch=8, lr=5e-5, skills_every=2, skills_count=13, eval_count=54),
+    "small": dict(rounds=6, episodes=64, plays=4, batch=8, lr=1e-4, skills_every=2, skills_count=13, eval_count=54),
     "large": dict(rounds=6, episodes=512, plays=8, batch=64, lr=1e-4, skills_every=2, skills_count=39, eval_count=108),
 }
 NOT_THE_RUN = {"out", "device", "dtype", "impl", "tokens", "skills_every", "skills_count", "eval_count"}
@@ -119,125 +113,6 @@ def fill_in(config, parameters):
     if config.warmup > 1:
         raise ValueError(f"--warmup is a share between 0 and 1; got {config.warmup}")
     return config
-
-
-def check_length(tokenizer, room, length, count=60):
-    """ValueError if more than a tenth of the reference's turns do not fit `room` tokens, or `length` with the
-    conversation before them: such plays would fail however good they are."""
-    rng, needs, wholes = Random("length dpo"), [], []
-    for _ in range(count):
-        episode = tools.draw(rng, "train", KINDS)
-        for i, turn in enumerate(episode.turns):
-            needs.append(len(tokenizer.encode(f"{turn.trace}\n\n{turn.text}\n")) + 2)
-            wholes.append(len(chat_prompt(tokenizer, tools.replay(episode, i).messages)) + room)
-    for name, limit, found in (("room", room, needs), ("length", length, wholes)):
-        long = sum(n > limit for n in found)
-        if long > len(found) / 10:
-            raise ValueError(
-                f"{limit} tokens are too few: {long} of {len(found)} turns that end right need more, the longest "
-                f"{max(found)}; raise --{name}"
-            )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Plays
-
-
-@dataclass
-class Turn:
-    """One turn as it was drawn, and what it said after the thought, or None if that was no proper turn."""
-
-    sample: Sample
-    text: str | None
-
-
-@dataclass
-class Played:
-    """An episode as a policy played it; over: it was given up, and has failed."""
-
-    play: tools.Play
-    turns: list = field(default_factory=list)
-    over: bool = False
-
-    @property
-    def success(self):
-        return not self.over and self.play.success()
-
-
-def text_of(tokenizer, sample):
-    """What a sample says after its thought; None unless it has one `</think>` and an end of the turn."""
-    _, *after = tokenizer.decode(sample.said[:-1]).split(END_THINK)
-    return after[0].strip() if sample.ended and len(after) == 1 else None
-
-
-def play(roller, tokenizer, episodes, count, room, length, temperature, seed):
-    """Play each episode `count` times, all plays at once, a turn at a time: a list of `count` `Played` an episode.
-
-    seed: a text; the draws of turn t depend on it and on t. room, length: see DpoConfig.
-    """
-    groups = [[Played(tools.Play(episode)) for _ in range(count)] for episode in episodes]
-    flat = [played for group in groups for played in group]
-    for t in range(tools.MOST_TURNS):
-        asked = [(p, chat_prompt(tokenizer, p.play.messages)) for p in flat if not (p.over or p.play.done)]
-        for played, prompt in asked:
-            played.over = len(prompt) + room > length
-        asked = [(played, prompt) for played, prompt in asked if not played.over]
-        if not asked:
-            break
-        prompts = [prompt for _, prompt in asked]
-        more = filling(len(prompts), roller.rows) if roller.device.type == "cuda" else 0
-        drawn = roller.say(prompts + prompts[:1] * more, 1, room, temperature, Random(f"{seed} {t}").getrandbits(60))
-        for (played, _), (sample,) in zip(asked, drawn):
-            played.turns.append(Turn(sample, text_of(tokenizer, sample)))
-            if played.turns[-1].text is None:
-                played.over = True
-            else:
-                played.play.say(played.turns[-1].text)
-    return groups
-
-
-def filling(count, rows):
-    """How many prompts more make a power of two, or, above `rows`, a multiple of it: on a GPU each other number of rows
-    would record a step of its own and hold caches for it."""
-    return -count % min(rows, 1 << (count - 1).bit_length())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pairs
-
-
-@dataclass
-class Pair:
-    """Two turns drawn after the same prompt."""
-
-    chosen: Sample
-    rejected: Sample
-
-
-def fork(good, bad):
-    """The first turn at which two plays of an episode said something else, or None. Before it, conversations are equal:
-    the database answers the same to the same, and thoughts are not in a prompt."""
-    return next((i for i, (a, b) in enumerate(zip(good.turns, bad.turns)) if a.text != b.text), None)
-
-
-def pairs_of(plays, most):
-    """At most `most` pairs from the plays of one episode: none unless some succeeded and some failed.
-
-    Each failed play is held against the successful one that went with it longest; of failed plays that went wrong at
-    the same turn with the same words, the first is taken. The thoughts may differ, the words after them do.
-    """
-    good, found, known = [p for p in plays if p.success], [], set()
-    for bad in plays:
-        forks = [] if bad.success else [(at, other) for other in good if (at := fork(other, bad)) is not None]
-        if not forks or len(found) == most:
-            continue
-        at, best = max(forks, key=lambda f: f[0])  # the first of the longest
-        turn = bad.turns[at]
-        wrong = (tuple(turn.sample.prompt), turn.text)
-        if wrong not in known:
-            known.add(wrong)
-            found.append(Pair(best.turns[at].sample, turn.sample))
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,34 +197,27 @@ def learn(model, optimizer, scaler, pairs, ref, config, number, autocast):
 def run(config, say=print):
     """Train, or go on training; returns the closing entry of the log, or None if it was stopped."""
     config = fill_in(config, None)
-    require("dpo", config.checkpoint)
-    device, why_device = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.dtype, device)
-    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
-    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
-    if tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no conversation can be written")
-    impl, why_impl = choose_impl(config.impl, device, model.config)
-    parameters = count_parameters(model.config)["total"]
+    start = open_start("dpo", config)
+    model, tokenizer, device = start.model, start.tokenizer, start.device
+    parameters = start.parameters
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage("dpo", config.checkpoint, config.out, settings, say)
     check_length(tokenizer, config.room, config.length)
-    model.use(impl)
 
     say(f"stage     dpo from {config.checkpoint} ({parameters:,} parameters), into {config.out}")
-    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
+    say(f"device    {start.why}")
     say(f"round     {config.episodes} episodes, {config.plays} plays of each at temperature {config.temperature:g}")
     say(
         f"step      {config.batch} pairs, {config.passes} pass(es) over a round's; beta {config.beta:g}, SFT weight "
         f"{config.sft_weight:g}; rate {config.lr:g}; {config.rounds} rounds"
     )
     optimizer = train.make_optimizer(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=start.dtype == torch.float16)
+    autocast = start.autocast
     job.begin(model, optimizer, scaler)
-    roller = Roller(model, tokenizer, dtype if device.type == "cuda" else None)
-    roller.longest = -(-config.length // 64) * 64  # slots of one size from the first: no round depends on those before
+    roller = Roller(model, tokenizer, start.dtype if device.type == "cuda" else None)
+    roller.longest = -(-config.length // 64) * 64  # slots of one size from the first, whatever was said before
     model.train()
     for number in job.steps(config.rounds, 1):
         entry = one_round(job, roller, tokenizer, config, number, autocast)

@@ -40,19 +40,16 @@ import time
 from dataclasses import asdict, dataclass, replace
 from random import Random
 
-from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
 import torch
 
 import environments
 import policy
 import skills
 import train
-from checkpoint import load_pretrained
 from generate import chat_prompt
 from rollout import Roller
 from settings import finish
-from sizes import count_parameters
-from stage import Stage, plot, require
 
 STAGES = {"instructions": "ifrl", "preferences": "rlhf", "gym": "gym"}
 ENVIRONMENTS = {
@@ -71,7 +68,7 @@ class GrpoConfig:
     checkpoint: str = ""  # folder of the model to start from; empty: what the stage before leaves by default
     out: str = ""  # folder for log, plot and checkpoint; empty: out-ifrl, out-rlhf, out-gym; a run there is resumed
     judge: str = "out-reward"  # with preferences: the folder that reward.py left
-    families: str = "chain_sum,spell_backward"  # with gym: families of reasoning-gym, with commas between
+    families: str = "chain_sum,spell_backward,letter_counting"  # with gym: families of reasoning-gym
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto, float32 or bfloat16: what the matrix products run in
     impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
@@ -246,33 +243,26 @@ def run(config, say=print):
     """Train, or go on; returns the closing entry of the log, or None if it was stopped."""
     config = fill_in(config, None)
     name = STAGES[config.reward]
-    require(name, config.checkpoint)
-    device, why_device = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.dtype, device)
-    if dtype == torch.float16:
+    start = open_start(name, config)
+    model, tokenizer, device = start.model, start.tokenizer, start.device
+    if start.dtype == torch.float16:
         raise ValueError("float16 gradients would need scaling, which is not done here: give --dtype float32")
-    choose_impl(config.impl, device)
-    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
-    if tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no conversation can be written for the model")
-    impl, why_impl = choose_impl(config.impl, device, model.config)
-    model.use(impl)
-    parameters = count_parameters(model.config)["total"]
+    parameters = start.parameters
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage(name, config.checkpoint, config.out, settings, say)
-    environment = make_environment(config, tokenizer, device, dtype if device.type == "cuda" else None)
+    environment = make_environment(config, tokenizer, device, start.dtype if device.type == "cuda" else None)
 
     say(f"stage     {name} from {config.checkpoint} ({parameters:,} parameters), into {config.out}")
-    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
+    say(f"device    {start.why}")
     say(f"step      {config.prompts} prompts x {config.group} answers of at most {config.room} tokens, "
         f"{config.updates} updates; {config.steps} steps; rate {config.lr:g}; KL {config.kl:g}")  # fmt: skip
 
     reference = copy.deepcopy(model).eval().requires_grad_(False)  # before a resumed run's weights are loaded
     optimizer = train.make_optimizer(model, config.lr, 0.0)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = start.autocast
     job.begin(model, optimizer, torch.amp.GradScaler(device.type, enabled=False))
-    roller = Roller(model, tokenizer, dtype if device.type == "cuda" else None)
+    roller = Roller(model, tokenizer, start.dtype if device.type == "cuda" else None)
     if job.step == 0 and config.eval_count:
         found = environment.measure(model, tokenizer, config.eval_count)  # all other skills are in the log of before
         job.record({"step": 0} | found)

@@ -35,7 +35,7 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
-from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+from stage import Stage, open_start, plot, stage_of  # isort: skip  (before torch: with device.py)
 import torch
 
 import policy
@@ -46,8 +46,6 @@ from conversations import Example, encode
 from safefile import CheckpointError, fsync_folder, open_safetensors, write_safetensors, writing
 from schedule import wsd
 from settings import finish
-from sizes import count_parameters
-from stage import Stage, plot, require, stage_of
 
 FILE = "reward.safetensors"
 ANSWERS = 8  # to a prompt, when answers to one prompt are put in order
@@ -64,7 +62,8 @@ class RewardConfig:
     dtype: str = "auto"  # auto, float32, bfloat16 or float16: what the matrix products run in
     impl: str = "auto"  # auto, torch or triton: who computes the Mamba-2 layers
     steps: int | None = None  # optimizer steps
-    pairs: int | None = None  # pairs of answers in a step; lower it when memory runs out
+    pairs: int | None = None  # pairs of answers in a step
+    tokens: int | None = None  # padded tokens computed at a time; lower it when memory runs out
     lr: float | None = None  # peak learning rate
     warmup: float = 0.05  # share of the steps in which the rate rises
     decay: float = 0.5  # share of the steps, at the end, in which it falls to a hundredth
@@ -80,10 +79,10 @@ class RewardConfig:
 
 
 RUNS = {  # by size: below 3 M parameters, and from there on
-    "small": dict(steps=200, pairs=32, lr=1e-3, log_every=10, held_every=40, held_count=100, save_every=100,
-                  eval_count=400),
-    "large": dict(steps=300, pairs=128, lr=5e-4, log_every=10, held_every=50, held_count=400, save_every=150,
-                  eval_count=2000),
+    "small": dict(steps=200, pairs=32, tokens=2048, lr=1e-3, log_every=10, held_every=40, held_count=100,
+                  save_every=100, eval_count=400),
+    "large": dict(steps=600, pairs=128, tokens=32768, lr=5e-4, log_every=10, held_every=50, held_count=400,
+                  save_every=150, eval_count=2000),
 }  # fmt: skip
 NOT_THE_RUN = {"out", "device", "dtype", "impl", "log_every", "held_every", "held_count", "save_every", "eval_count"}
 
@@ -93,8 +92,8 @@ def fill_in(config, parameters):
     model."""
     suits = RUNS["small" if parameters < 3e6 else "large"]
     config = replace(config, **{k: v for k, v in suits.items() if getattr(config, k) is None})
-    at_least = dict(steps=1, pairs=1, seed=0, log_every=1, held_every=0, held_count=1, save_every=1, eval_count=0,
-                    warmup=0, decay=0, weight_decay=0, noise=0)  # fmt: skip
+    at_least = dict(steps=1, pairs=1, tokens=1, seed=0, log_every=1, held_every=0, held_count=1, save_every=1,
+                    eval_count=0, warmup=0, decay=0, weight_decay=0, noise=0)  # fmt: skip
     for name, low in at_least.items():
         if not low <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(config, name)}")
@@ -148,8 +147,13 @@ def read(tokenizer, prompt, answer):
 
 def rows(samples, device):
     """(ids (b, l), last (b,)) int64 for `RewardModel.forward`."""
-    ids, _ = policy.rows(samples, device)
+    ids, _ = policy.rows(samples, device, _multiple(device))
     return ids, torch.tensor([len(s.prompt) + len(s.said) - 1 for s in samples], device=device)
+
+
+def _multiple(device):
+    """Lengths of rows are multiples of this: on a GPU, so that kernels are not made anew for every length."""
+    return 16 if torch.device(device).type == "cuda" else 1
 
 
 @torch.no_grad()
@@ -160,8 +164,9 @@ def score_answers(judge, tokenizer, prompts, answers, tokens=16384):
         raise ValueError(f"{len(prompts)} prompts for {len(answers)} answers: give one for each")
     samples = [read(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers)]
     found = [0.0] * len(samples)
-    for part in policy.bundles(samples, tokens) if samples else ():
-        scores = judge(*rows([samples[i] for i in part], judge.w.device))
+    device = judge.w.device
+    for part in policy.bundles(samples, tokens, _multiple(device)) if samples else ():
+        scores = judge(*rows([samples[i] for i in part], device))
         for i, score in zip(part, scores.tolist()):
             found[i] = score
     return found
@@ -172,32 +177,43 @@ def score_answers(judge, tokenizer, prompts, answers, tokens=16384):
 
 
 def bradley_terry(chosen, rejected):
-    """-log sigmoid(chosen - rejected), the mean over pairs of scores (b,), in nats; ln 2 for one that knows nothing."""
-    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    """-log sigmoid(chosen - rejected) of scores (b,), the sum over pairs, in nats; ln 2 a pair for one that knows
+    nothing."""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
 
 
 def batch(tokenizer, config, step):
-    """A step's samples: those that were chosen, then, in the same order, those that were rejected. They depend on seed,
-    noise and step only, so a run needs no data position."""
+    """A step's pairs of samples, [(chosen, rejected)]. They depend on seed, noise and step only, so a run needs no data
+    position."""
     rng = Random(f"{config.seed} reward {step}")
     pairs = [preferences.draw(rng, "train", config.noise) for _ in range(config.pairs)]
-    sides = [[(p.prompt, p.chosen) for p in pairs], [(p.prompt, p.rejected) for p in pairs]]
-    return [read(tokenizer, prompt, answer) for side in sides for prompt, answer in side]
+    return [(read(tokenizer, p.prompt, p.chosen), read(tokenizer, p.prompt, p.rejected)) for p in pairs]
 
 
-def train_step(judge, optimizer, scaler, ids, last, clip, autocast):
+def parts_of(pairs, tokens, device):
+    """The pairs in parts of at most `tokens` padded tokens (or of one pair), those of like length together: a list of
+    (ids, last), the chosen ones in the first half of the rows, the rejected ones in the same order in the second."""
+    longer = [max(pair, key=lambda s: len(s.said)) for pair in pairs]
+    parts = policy.bundles(longer, tokens // 2, _multiple(device))
+    return [rows([pairs[i][side] for side in (0, 1) for i in part], device) for part in parts]
+
+
+def train_step(judge, optimizer, scaler, parts, clip, autocast):
     """One optimizer step; returns (loss in nats a pair, share of the pairs in which the chosen one scored higher,
     gradient norm), tensors."""
-    with autocast():
-        chosen, rejected = judge(ids, last).chunk(2)
-        loss = bradley_terry(chosen, rejected)
-    scaler.scale(loss).backward()
+    count, total, agreed = sum(len(last) for _, last in parts) / 2, 0.0, 0.0
+    for ids, last in parts:
+        with autocast():
+            chosen, rejected = judge(ids, last).chunk(2)
+            loss = bradley_terry(chosen, rejected) / count
+        scaler.scale(loss).backward()
+        total, agreed = total + loss.detach(), agreed + (chosen > rejected).sum() / count
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), (chosen > rejected).float().mean(), norm
+    return total, agreed, norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,8 +237,11 @@ def rank_correlation(a, b):
 def held_out(judge, tokenizer, count, seed=0):
     """{"pairs", "rank", "rank in prompt"} on held-out prompts: the share of `count` pairs without noise in which the
     judge agrees with the rule (a tie is half), and the rank correlation of its scores with the rule's points over
-    fresh answers: of all prompts together, and the mean over prompts of that among the answers to one. The rule has
-    ties; one that knows it, and orders these at random, would reach 0.995 and 0.94."""
+    fresh answers: of all prompts together, and the mean over prompts of that among the answers to one.
+
+    To read them: one that sees full stops and capitals and no word is right in 0.73 of the pairs, with 0.24 and 0.51;
+    one that knows the rule has 1.0, 0.995 and 0.94 if it orders answers of equal points at random.
+    """
     rng = Random(f"{seed} held out")
     pairs = [preferences.draw(rng, "test", 0.0) for _ in range(count)]
     groups = [preferences.draw_prompt(rng, "test") for _ in range(-(-count // 4))]
@@ -313,40 +332,35 @@ def load_reward(folder, device="cpu", dtype=None):
 
 def run(config, say=print):
     """Train, or go on training; returns the closing entry of the log, or None if it was stopped."""
-    require("reward", config.checkpoint)
-    device, why_device = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.dtype, device)
-    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
-    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
-    if tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no answer can be read")
-    impl, why_impl = choose_impl(config.impl, device, model.config)
-    judge = RewardModel(model.use(impl)).train()
-    parameters = count_parameters(model.config)["total"]
+    start = open_start("reward", config)
+    model, tokenizer, device = start.model, start.tokenizer, start.device
+    judge = RewardModel(model).train()
+    parameters = start.parameters
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage("reward", config.checkpoint, config.out, settings, say)
-    samples = batch(tokenizer, config, 0)
+    first = batch(tokenizer, config, 0)
 
     say(f"stage     reward from {config.checkpoint} ({parameters:,} parameters and w), into {config.out}")
-    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
-    tokens = sum(len(s.prompt) + len(s.said) for s in samples)
+    say(f"device    {start.why}")
+    tokens = sum(len(s.prompt) + len(s.said) for pair in first for s in pair)
+    places = sum(ids.numel() for ids, _ in parts_of(first, config.tokens, device))
     say(
-        f"step      {config.pairs} pairs, noise {config.noise:g}: about {tokens:,} tokens in "
-        f"{policy.rows(samples, 'cpu')[0].numel():,} places; {config.steps} steps; rate {config.lr:g}"
+        f"step      {config.pairs} pairs, noise {config.noise:g}: about {tokens:,} tokens in {places:,} places; "
+        f"{config.steps} steps; rate {config.lr:g}"
     )
 
     optimizer = train.make_optimizer(judge, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=start.dtype == torch.float16)
+    autocast = start.autocast
     job.begin(judge, optimizer, scaler)
     since, seen = time.time(), 0
     for step in job.steps(config.steps, config.save_every):
         rate = config.lr * wsd(step, config.steps, config.warmup, config.decay)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, last = rows(batch(tokenizer, config, step), device)
-        loss, accuracy, norm = train_step(judge, optimizer, scaler, ids, last, config.clip, autocast)
+        parts = parts_of(batch(tokenizer, config, step), config.tokens, device)
+        loss, accuracy, norm = train_step(judge, optimizer, scaler, parts, config.clip, autocast)
         seen, done = seen + config.pairs, step + 1
         if done % config.log_every == 0 or done in (1, config.steps):
             entry = {"loss": loss.item(), "train pairs": accuracy.item(), "norm": norm.item(), "lr": rate}
@@ -404,7 +418,7 @@ def show(judge, tokenizer, step, say):
 
 
 def main(argv=None):
-    return finish("reward", lambda: run(train.parse(argv, RewardConfig, __file__, __doc__)), "lower --pairs")
+    return finish("reward", lambda: run(train.parse(argv, RewardConfig, __file__, __doc__)), "lower --tokens")
 
 
 if __name__ == "__main__":

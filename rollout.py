@@ -35,6 +35,7 @@ ROWS = {"cpu": 128, "cuda": 2048}  # answers at a time
 ROOM = 0.25  # of the device's free memory that caches may take
 LOOK = 8  # steps between two looks at who is still speaking
 SMALLEST = 64  # slots; fewer are not faster
+MOST = 8  # engines that are kept
 
 
 @dataclass
@@ -137,6 +138,8 @@ class Roller:
 
     def _engine(self, count):
         if count not in self.engines:
+            if len(self.engines) == MOST:  # whose numbers of prompts always differ would pile them up
+                self.engines.clear()
             self.engines[count] = Engine(self.model, count, self.longest)
         return self.engines[count]
 

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from random import Random
 
-from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
 import torch
 
 import conversations
@@ -33,13 +33,10 @@ import instructions
 import skills
 import tools
 import train
-from checkpoint import load_pretrained
 from generate import chat_prompt, generate
 from loss import next_token_loss
 from schedule import wsd
 from settings import finish
-from sizes import count_parameters
-from stage import Stage, plot, require
 
 
 @dataclass
@@ -175,16 +172,10 @@ def run(config, say=print):
     """Train, or go on training; returns the closing entry of the log, or None if it was stopped."""
     config = fill_in(config, None)
     name = f"sft{config.stage}"
-    require(name, config.checkpoint)
-    device, why_device = choose_device(config.device)
-    dtype, why_dtype = choose_dtype(config.dtype, device)
-    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
-    model, tokenizer = load_pretrained(config.checkpoint, device, torch.float32)
-    if tokenizer is None:
-        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no conversation can be written")
-    impl, why_impl = choose_impl(config.impl, device, model.config)
-    model.use(impl).train()
-    parameters = count_parameters(model.config)["total"]
+    start = open_start(name, config)
+    model, tokenizer, device = start.model, start.tokenizer, start.device
+    model.train()
+    parameters = start.parameters
     config = fill_in(config, parameters)
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_THE_RUN}
     job = Stage(name, config.checkpoint, config.out, settings, say)
@@ -192,7 +183,7 @@ def run(config, say=print):
     first, tokens = batch(tokenizer, config, 0)
 
     say(f"stage     {name} from {config.checkpoint} ({parameters:,} parameters), into {config.out}")
-    say(f"device    {device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})")
+    say(f"device    {start.why}")
     mix = ", ".join(f"{skill} {share:.0%}" for skill, share in conversations.MIX[config.stage].items())
     say(f"examples  {mix}; {config.off:.0%} without a thought, {config.cut:.0%} of the thoughts cut off")
     kept = "each from an empty state" if config.reset == "on" else "the state runs on from one into the next"
@@ -201,8 +192,8 @@ def run(config, say=print):
     say(f"step      {shape}: about {tokens:,} tokens in {padded:,} places; {config.steps} steps; rate {config.lr:g}")
 
     optimizer = train.make_optimizer(model, config.lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=start.dtype == torch.float16)
+    autocast = start.autocast
     job.begin(model, optimizer, scaler)
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(batch, tokenizer, config, job.step)

@@ -8,6 +8,7 @@ What a folder holds. While a stage runs: `log.jsonl` and `training.safetensors` 
 config.json, weights, tokenizer, `stage.json`, `curve.png`. So a stage cut short cannot be taken for a model, and
 stage.json is written before the weights: a kill between the two leaves no folder that opens as a base model.
 
+    start = open_start("sft1", config)                 what the stage begins from, or a sentence why not
     job = Stage("sft1", checkpoint, out, settings)     refuses, and touches nothing
     job.begin(model, optimizer, scaler)                goes on from the state in `out`, if there is one
     for step in job.steps(total, save_every): ...      saves; after Ctrl-C it saves and ends, and job.stopped is true
@@ -22,11 +23,16 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from device import choose_device, choose_dtype, choose_impl  # isort: skip  (before torch)
+import torch
 
 import checkpoint as folders
 import resume
 from safefile import CheckpointError, fsync_folder, read_json, write_json, writing
+from sizes import count_parameters
 
 AFTER = {  # stage: what it may start from
     "sft1": ("base",), "sft2": ("sft1",), "sft3": ("sft2",),  # sft.py
@@ -67,6 +73,38 @@ def require(name, checkpoint):
             "of that stage"
         )
     return history
+
+
+@dataclass
+class Start:
+    """What a stage begins from: a model in float32 with its tokenizer, where it is and what multiplies its matrices;
+    parameters: how many; why: all of that in a line."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+    why: str
+
+    def autocast(self):
+        """The context in which a stage's forwards run."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def open_start(name, config):
+    """The `Start` of stage `name` from a config with checkpoint, device, dtype and impl; ValueError, in one sentence,
+    for a folder of another stage, one without a tokenizer, and wishes that this machine cannot meet."""
+    require(name, config.checkpoint)
+    device, why_device = choose_device(config.device)
+    dtype, why_dtype = choose_dtype(config.dtype, device)
+    choose_impl(config.impl, device)  # a wish that cannot be met is said before anything is loaded
+    model, tokenizer = folders.load_pretrained(config.checkpoint, device, torch.float32)
+    if tokenizer is None:
+        raise ValueError(f"{config.checkpoint} has no tokenizer.json, so no conversation can be written")
+    impl, why_impl = choose_impl(config.impl, device, model.config)
+    why = f"{device} ({why_device}); {str(dtype)[6:]} matrix products ({why_dtype}); impl {impl} ({why_impl})"
+    return Start(model.use(impl), tokenizer, device, dtype, count_parameters(model.config)["total"], why)
 
 
 class Stage:

@@ -64,6 +64,15 @@ def gains(runs, before, after, name):
     return [b - a for a, b in pairs if None not in (a, b)]
 
 
+def merged_means(runs, name):
+    """{alpha: mean over seeds of a skill of the merged models}."""
+    found = {}
+    for run in runs["merge"].values():
+        for line in run["sweep"]:
+            found.setdefault(line["alpha"], []).append(line["skills"].get(name, 0.0))
+    return {alpha: statistics.mean(values) for alpha, values in found.items()}
+
+
 def share_kept(run, alpha):
     """The least share of a gain that a merge at `alpha` keeps, over the skills in which the ends differ by three
     points or more; with the name of the skill. None without such skills."""
@@ -102,9 +111,9 @@ def packing_table(runs):
         if first in runs:
             row = [how]
             for job in (first, then):
-                row += [several(ends(runs, job, name)) for name in ("tools", "chain", "on")]
+                row += [several(ends(runs, job, name)) for name in ("tools", "chain", "restraint")]
             rows.append(row)
-    head = ["stage 1", *(f"{name} after stage {n}" for n in (1, 2) for name in ("tools", "chain", "on"))]
+    head = ["stage 1", *(f"{name} after stage {n}" for n in (1, 2) for name in ("tools", "chain", "restraint"))]
     return "Packing: the same examples in the same steps (stage 2 is one a row for all):\n\n" + table(head, rows)
 
 
@@ -193,9 +202,14 @@ def claims(record, runs):
             won = gains(runs, before, after, name)
             bar = f"by {100 * least:.0f} points or more" if least else ""
             rows.append(verdict(mean(won) > least - 1e-9, f"{after} lifts {name} {bar}: {points(won)}"))
+    if have("dpo"):
+        success = [[e["success"] for e in r["log"] if "success" in e] for r in runs["dpo"].values()]
+        told = [several([s[at] for s in success if s]) for at in (0, -1)]
+        rows.append(f"| - | plays of dpo's first and last round, at temperature 1: {told[0]} and {told[1]} right |")
     if have("rlhf"):
-        won = [r["end"]["judged"] - r["before"]["judged"] for r in runs["rlhf"].values() if "judged" in r["before"]]
-        rows.append(verdict(bool(won) and min(won) > 0, f"rlhf lifts the reward model's score: {several(won, '+.2f')}"))
+        for name, what in (("judged", "the reward model's score"), ("ruled", "the hidden rule's points")):
+            won = [r["end"][name] - r["before"][name] for r in runs["rlhf"].values() if name in r["before"]]
+            rows.append(verdict(bool(won) and min(won) > 0, f"rlhf lifts {what}: {several(won, '+.2f')}"))
         cost = {n: mean(gains(runs, "dpo", "rlhf", n) or [0]) for n in SKILLS if n != "liked"}
         told = ", ".join(f"{n} {100 * v:+.1f}" for n, v in cost.items() if abs(v) >= 0.01)
         rows.append(f"| - | what rlhf does elsewhere, points: {told or 'nothing of 1 or more'} |")
@@ -222,9 +236,17 @@ def claims(record, runs):
             kept = [(share_kept(run, a), a) for a in MIDDLE]
             best.append(max((k[0], a) for k, a in kept if k) if all(k for k, _ in kept) else None)
         told = "; ".join("no gain of 3 points" if b is None else f"{b[0]:.0%} at {b[1]}" for b in best)
-        rows.append(
-            verdict(all(b and b[0] >= 0.9 for b in best), f"an alpha of 0.3 to 0.7 keeps 90 % of all gains: {told}")
-        )
+        every = all(b and b[0] >= 0.9 for b in best)
+        rows.append(verdict(every, f"an alpha of 0.3 to 0.7 keeps 90 % of every gain of 3 points: {told}"))
+        curve = {name: merged_means(runs, name) for name in ("instructions", "liked")}
+        part = {n: [(c[a] - min(c[0.0], c[1.0])) / abs(c[1.0] - c[0.0]) for a in MIDDLE] for n, c in curve.items()
+                if c[0.0] != c[1.0]}  # fmt: skip
+        if len(part) == 2:
+            least = [min(values) for values in zip(*part.values())]
+            at = least.index(max(least))
+            told = ", ".join(f"{n} {values[at]:.0%}" for n, values in part.items())
+            text = f"the same for what each end was trained for, means over seeds: {told} at {MIDDLE[at]}"
+            rows.append(verdict(max(least) >= 0.9, text))
     if have(*CHAIN):
         took = [sum(runs[job][s]["seconds"] for job in (*CHAIN, "reward")) / 60 for s in runs["rlhf"]]
         rows.append(
@@ -265,7 +287,8 @@ def tables(record):
 
 
 def figures(record, prefix):
-    """PREFIX_skills.png (skills after every stage, and the merge), PREFIX_budget.png (the report's figure 5)."""
+    """PREFIX_skills.png (skills after every stage, and the merge), PREFIX_budget.png (the report's figure 5),
+    PREFIX_rewards.png (rewards while they are learned from)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -306,4 +329,15 @@ def figures(record, prefix):
     axes[0].legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(f"{prefix}_budget.png", dpi=100)
+    plt.close(fig)
+
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for axis, job in zip(axes, ("ifrl", "rlhf", "gym")):
+        for seed, run in runs.get(job, {}).items():
+            spots = [(e["step"], e["reward"]) for e in run["log"] if "reward" in e]
+            axis.plot(*zip(*spots), linewidth=1, label=f"seed {seed}")
+        axis.set(xlabel="step", ylabel="mean reward", title=job)
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(f"{prefix}_rewards.png", dpi=100)
     plt.close(fig)

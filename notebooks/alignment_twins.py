@@ -56,7 +56,7 @@ class Job:
 
 
 CHAIN = ("sft1", "sft2", "sft3", "ifrl", "dpo", "rlhf")
-SWEEP = "0,0.2,0.3,0.4,0.5,0.6,0.7,0.8,1"
+SWEEP = "0,0.3,0.4,0.5,0.6,0.7,1"
 JOBS = {  # the longest way through is begun first
     "sft1": Job("base", "sft.py --stage 1"),
     "sft2": Job("sft1", "sft.py --stage 2"),
@@ -124,7 +124,8 @@ def result(args, name, seed):
     told = {"seconds": float(beside(args, name, seed, ".seconds").read_text())}
     if JOBS[name].printed:
         lines = beside(args, name, seed, ".txt").read_text("utf-8").splitlines()
-        return told | json.loads(next(line for line in lines if line.startswith("{")))
+        printed = json.loads(next(line for line in lines if line.startswith("{")))
+        return told | {k: v for k, v in printed.items() if k in ("skills", "curve", "sweep")}
     lines = (folder(args, name, seed) / "log.jsonl").read_text("utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     kept = [{k: e[k] for k in KEPT if k in e} for e in log[: -1 : max(1, len(log) // 60)]]
@@ -142,7 +143,9 @@ def launch(args, gpu, name, seed):
         print(f"{name}, seed {seed} failed ({done.returncode}): {tail}", flush=True)
         return None
     took = time.time() - start
-    beside(args, name, seed, ".seconds").write_text(f"{took:.1f}")
+    temporary = beside(args, name, seed, ".seconds.tmp")  # who sees the file sees what is in it
+    temporary.write_text(f"{took:.1f}")
+    os.replace(temporary, beside(args, name, seed, ".seconds"))
     return took
 
 
@@ -248,7 +251,7 @@ def main(argv=None):
     parser.add_argument("--base-flags", default="", help="more flags for train.py")
     for script in ("sft", "grpo", "dpo", "reward"):
         parser.add_argument(f"--{script}-flags", default="", help=f"more flags for {script}.py")
-    parser.add_argument("--count", type=int, default=312, help="held-out prompts of each kind (312)")
+    parser.add_argument("--count", type=int, default=208, help="held-out prompts of each kind (208)")
     parser.add_argument("--out", default="assets/alignment_twins.json", help="where to write the results")
     parser.add_argument("--figures", metavar="PREFIX", help="also draw the figures, into PREFIX_skills.png and others")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS, metavar="JOB",

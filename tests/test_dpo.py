@@ -21,6 +21,7 @@ import stage
 import tools
 from checkpoint import save_pretrained
 from generate import chat_prompt
+from plays import filling, pairs_of, play
 from rollout import Pace, Sample
 from train import make_optimizer
 
@@ -95,7 +96,7 @@ def played(tokenizer, episode, *lines, length=4000):
         script = lambda prompt, i, turn, texts=texts: (
             texts[turn] if isinstance(texts[turn], tuple) else (texts[turn], True)
         )
-        plays += dpo.play(Scripted(tokenizer, script), tokenizer, [episode], 1, 99, length, 1.0, "x")[0]
+        plays += play(Scripted(tokenizer, script), tokenizer, [episode], 1, 99, length, 1.0, "x")[0]
     return plays
 
 
@@ -109,7 +110,7 @@ def test_plays_go_side_by_side_and_the_references_words_succeed(tokenizer):
         for i, turn in enumerate(e.turns):
             prompts[tuple(chat_prompt(tokenizer, tools.replay(e, i).messages))] = turn
     roller = Scripted(tokenizer, lambda prompt, i, turn: (right(prompts[tuple(prompt)]), True))
-    groups = dpo.play(roller, tokenizer, episodes, 2, 99, 4000, 1.0, "seed")
+    groups = play(roller, tokenizer, episodes, 2, 99, 4000, 1.0, "seed")
     assert [len(group) for group in groups] == [2, 2, 2] and all(p.success for group in groups for p in group)
     lengths = [len(e.turns) for e in episodes]
     assert [n for n, *_ in roller.asked] == [2 * sum(n > t for n in lengths) for t in range(max(lengths))]
@@ -142,7 +143,7 @@ def test_a_play_that_gets_too_long_has_failed(tokenizer):
 
 
 def test_rows_are_filled_up_to_few_different_numbers():
-    assert [n + dpo.filling(n, 64) for n in (1, 2, 3, 33, 64, 65, 129)] == [1, 2, 4, 64, 64, 128, 192]
+    assert [n + filling(n, 64) for n in (1, 2, 3, 33, 64, 65, 129)] == [1, 2, 4, 64, 64, 128, 192]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,14 +163,14 @@ def test_a_pair_is_where_plays_part_after_the_same_conversation(tokenizer):
     early = ["hm\n</think>\n\nno\n"]
     plays = played(tokenizer, e, late, good, other_thought, early)
     assert [p.success for p in plays] == [False, True, False, False]
-    found = dpo.pairs_of(plays, 9)
+    found = pairs_of(plays, 9)
     assert [words(tokenizer, p.rejected) for p in found] == [
         tokenizer.decode(spoken(tokenizer, text)) for text in (late[2], other_thought[1], early[0])
     ]
     for pair, at in zip(found, (2, 1, 0)):
         assert pair.chosen is plays[1].turns[at].sample
         assert pair.chosen.prompt == pair.rejected.prompt == chat_prompt(tokenizer, tools.replay(e, at).messages)
-    assert dpo.pairs_of(plays, 2) == found[:2] and dpo.pairs_of(plays[::-1], 1)[0].rejected is plays[3].turns[0].sample
+    assert pairs_of(plays, 2) == found[:2] and pairs_of(plays[::-1], 1)[0].rejected is plays[3].turns[0].sample
 
 
 def test_a_failed_play_is_held_against_the_success_that_went_with_it_longest(tokenizer):
@@ -181,21 +182,21 @@ def test_a_failed_play_is_held_against_the_success_that_went_with_it_longest(tok
     failed = [look, good[0], "</think>no"]
     plays = played(tokenizer, e, good, detour, failed)
     assert [p.success for p in plays] == [True, True, False] and plays[0].turns[0].text != plays[2].turns[0].text
-    (pair,) = dpo.pairs_of(plays, 9)
+    (pair,) = pairs_of(plays, 9)
     assert pair.chosen is plays[1].turns[2].sample and pair.rejected is plays[2].turns[2].sample
 
 
 def test_nothing_comes_from_episodes_with_one_outcome_and_the_same_words_are_no_pair(tokenizer):
     e = episode_of("unrelated")
     good, bad = solved(e), ["</think>wrong"]
-    assert dpo.pairs_of(played(tokenizer, e, good, ["other</think>" + e.answer]), 9) == []
-    assert dpo.pairs_of(played(tokenizer, e, bad, ["</think>no"]), 9) == []
-    assert len(dpo.pairs_of(played(tokenizer, e, good, bad, ["a thought</think>wrong"]), 9)) == 1  # the same words
-    assert len(dpo.pairs_of(played(tokenizer, e, good, bad, ["</think>no"], [("unclosed", False)]), 9)) == 3
+    assert pairs_of(played(tokenizer, e, good, ["other</think>" + e.answer]), 9) == []
+    assert pairs_of(played(tokenizer, e, bad, ["</think>no"]), 9) == []
+    assert len(pairs_of(played(tokenizer, e, good, bad, ["a thought</think>wrong"]), 9)) == 1  # the same words
+    assert len(pairs_of(played(tokenizer, e, good, bad, ["</think>no"], [("unclosed", False)]), 9)) == 3
     move = episode_of("move")  # cut short by its length while it was right so far: nothing was said that differs
     length = 98 + len(chat_prompt(tokenizer, tools.replay(move, 1).messages))
     plays = played(tokenizer, move, solved(move)) + played(tokenizer, move, solved(move), length=length)
-    assert [p.success for p in plays] == [True, False] and dpo.pairs_of(plays, 9) == []
+    assert [p.success for p in plays] == [True, False] and pairs_of(plays, 9) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def some_pairs(tokenizer, count=6):
     found = []
     for i in range(count):
         e = episode_of("look", i)
-        found += dpo.pairs_of(played(tokenizer, e, solved(e), [f"well\n</think>\n\nno {i}\n"]), 1)
+        found += pairs_of(played(tokenizer, e, solved(e), [f"well\n</think>\n\nno {i}\n"]), 1)
     assert len(found) == count
     return found
 
@@ -284,7 +285,7 @@ def begun(tmp_path_factory, tokenizer):
 @pytest.fixture
 def go(begun, tmp_path, capsys, monkeypatch):
     """go("name", *flags) runs dpo.py; returns (folder, what was printed). stop: Ctrl-C in that round of this life."""
-    monkeypatch.setattr(dpo, "text_of", lambda tokenizer, sample: tokenizer.decode(sample.said))
+    monkeypatch.setattr("plays.text_of", lambda tokenizer, sample: tokenizer.decode(sample.said))
     monkeypatch.setattr(tools.Play, "success", lambda play: zlib.crc32((play.answer or "").encode()) % 2 == 0)
     checked = dpo.check_length
     monkeypatch.setattr(dpo, "check_length", lambda t, room, length: checked(t, max(room, 160), max(length, 900)))

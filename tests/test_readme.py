@@ -36,6 +36,14 @@ def shortened(command):
         return command + " --samples 8", ""
     if "sft.py" in command:
         return command + " --steps 3 --batch-rows 2 --skills-every 2 --skills-count 1 --eval-count 1", ""
+    if "grpo.py" in command:
+        return command + " --steps 1 --prompts 2 --group 2 --room 16 --eval-count 1", ""
+    if "dpo.py" in command:
+        return command + " --rounds 1 --episodes 4 --plays 2 --eval-count 1", ""
+    if "reward.py" in command:
+        return command + " --steps 2 --pairs 4 --eval-count 8", ""
+    if "bench.py rollouts" in command:
+        return command + " --rows 8 --group 4 --repeats 1 --room 16", ""
     if "skills.py" in command:
         return command + " --count 1 --budgets 0 8", ""
     if "evaluate.py" in command:

@@ -22,6 +22,7 @@ from checkpoint import save_pretrained
 from generate import chat_prompt
 from merge import copy
 from safefile import write_json
+from train import make_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +57,20 @@ def test_the_loss_and_its_gradient_are_those_worked_out_by_hand():
     loss = reward.bradley_terry(chosen, rejected)
     loss.backward()
     gap = (chosen - rejected).detach().double().numpy()
-    assert loss.item() == pytest.approx(np.logaddexp(0, -gap).mean(), rel=1e-6)
+    assert loss.item() == pytest.approx(np.logaddexp(0, -gap).sum(), rel=1e-6)
     other = np.exp(-np.logaddexp(0, gap))  # what the judge thought of the choice that was not made
-    assert chosen.grad.double().numpy() == pytest.approx(-other / 5, rel=1e-5, abs=1e-12)
+    assert chosen.grad.double().numpy() == pytest.approx(-other, rel=1e-5, abs=1e-12)
     assert torch.equal(rejected.grad, -chosen.grad)
     assert reward.bradley_terry(rejected[2:3], chosen[2:3]).item() == pytest.approx(np.log(2))
 
 
 def test_the_gradient_of_w_is_that_of_a_logistic_regression_on_the_features(tokenizer):
     judge, config = judge_of().double(), reward.RewardConfig(pairs=3)
-    ids, last = reward.rows(reward.batch(tokenizer, config, 0), "cpu")
+    ((ids, last),) = reward.parts_of(reward.batch(tokenizer, config, 0), 10_000, "cpu")
     with torch.no_grad():
         x = judge.backbone.features(ids)[torch.arange(6), last].float().double().numpy()
     gap = (x[:3] - x[3:]) / judge.scale.item()
-    weights = -1 / (1 + np.exp(gap @ judge.w.detach().numpy())) / 3
+    weights = -1 / (1 + np.exp(gap @ judge.w.detach().numpy()))
     reward.bradley_terry(*judge(ids, last).chunk(2)).backward()
     assert judge.w.grad.numpy() == pytest.approx(weights @ gap, rel=1e-5, abs=1e-7)
     assert judge.backbone.lm_head.weight.grad is None
@@ -110,17 +111,40 @@ def test_lists_of_different_length_are_refused_and_empty_ones_are_not(tokenizer)
     assert reward.score_answers(judge_of(), tokenizer, [], []) == []
 
 
-def test_a_batch_is_chosen_then_rejected_and_depends_on_seed_noise_and_step(tokenizer):
+def test_a_batch_depends_on_seed_noise_and_step_and_holds_what_was_chosen(tokenizer):
     config = reward.RewardConfig(pairs=8, noise=0.0)
-    said = lambda c, step: [tokenizer.decode(s.prompt + s.said) for s in reward.batch(tokenizer, c, step)]
+    said = lambda c, step: [
+        [tokenizer.decode(s.prompt + s.said) for s in pair] for pair in reward.batch(tokenizer, c, step)
+    ]
     one = said(config, 3)
     assert one == said(config, 3) and one != said(config, 4) != said(reward.replace(config, seed=1), 4)
     rng = Random("0 reward 3")
-    pairs = [preferences.draw(rng, "train", 0.0) for _ in range(8)]
-    assert all(p.prompt.text in text for p, text in zip(pairs * 2, one))
-    assert [t.split("</think>")[1].split("\n")[0] for t in one] == [p.chosen for p in pairs] + [
-        p.rejected for p in pairs
-    ]
+    for texts in one:
+        pair = preferences.draw(rng, "train", 0.0)
+        assert all(pair.prompt.text in text for text in texts)
+        assert [text.split("</think>")[1].split("\n")[0] for text in texts] == [pair.chosen, pair.rejected]
+
+
+def test_a_step_is_the_mean_over_all_pairs_whatever_the_parts(tokenizer):
+    pairs, results = reward.batch(tokenizer, reward.RewardConfig(pairs=9), 0), []
+    for tokens in (100_000, 500, 1):
+        parts, judge = reward.parts_of(pairs, tokens, "cpu"), judge_of()
+        assert len(parts) == {100_000: 1, 1: 9}.get(tokens, len(parts)) and sum(len(last) for _, last in parts) == 18
+        assert tokens != 500 or (1 < len(parts) < 9 and all(ids.numel() <= 500 for ids, _ in parts))
+        optimizer, scaler = make_optimizer(judge, 0.0, 0.0), torch.amp.GradScaler("cpu", enabled=False)
+        step = reward.train_step(judge, optimizer, scaler, parts, 1.0, lambda: torch.autocast("cpu", enabled=False))
+        results.append([value.item() for value in step])
+    assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=1e-4)
+    short, long = reward.read(tokenizer, "a", "b"), reward.read(tokenizer, "a", "b " * 99)
+    tokens = 3 * (len(long.prompt) + len(long.said))  # room for three such rows: one pair
+    for pair in ((short, long), (long, short)):
+        assert [ids.numel() for ids, _ in reward.parts_of([pair] * 2, tokens, "cpu")] == [tokens * 2 // 3] * 2
+    judge = judge_of()
+    flat = [sample for side in zip(*pairs) for sample in side]
+    with torch.no_grad():
+        chosen, rejected = judge(*reward.rows(flat, "cpu")).double().chunk(2)
+    gap = (chosen - rejected).numpy()
+    assert results[0][:2] == pytest.approx([np.logaddexp(0, -gap).mean(), (gap > 0).mean()], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
