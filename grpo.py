@@ -202,8 +202,8 @@ def collect(roller, tokenizer, environment, config, step):
 def learn(model, reference, optimizer, batch, config, autocast):
     """The updates of a step; returns what to watch: means over all tokens, and the mismatch with the rollout."""
     device, samples = model.lm_head.weight.device, batch.samples
-    old = policy.frozen_logprobs(model, samples, config.part_tokens, autocast)
-    ref = policy.frozen_logprobs(reference, samples, config.part_tokens, autocast)
+    how = config.part_tokens, autocast, config.temperature  # pi is what was drawn from, at its temperature
+    old, ref = (policy.frozen_logprobs(m, samples, *how) for m in (model, reference))
     watched = {"norm": 0.0, "ratio clipped": 0.0, "kl": 0.0}
     tokens = sum(len(s.said) for s in samples)
     for turn in range(config.updates):  # whole groups, every so many-th
@@ -213,7 +213,7 @@ def learn(model, reference, optimizer, batch, config, autocast):
             part = [mine[i] for i in part]
             ids, said = policy.rows([samples[i] for i in part], device)
             with autocast():
-                pi = policy.logprobs(model, ids, said)
+                pi = policy.logprobs(model, ids, said, config.temperature)
             here = [policy.spread([of[i] for i in part], said) for of in (old, ref)]
             advantage = batch.advantages[part].to(device)
             total, seen = grpo_loss(pi, *here, advantage, said, config.clip_ratio, config.kl)

@@ -63,13 +63,13 @@ def logprobs(model, ids, said, temperature=1.0):
 
 
 @torch.no_grad()
-def frozen_logprobs(model, samples, tokens, autocast):
+def frozen_logprobs(model, samples, tokens, autocast, temperature=1.0):
     """The same without a gradient, for many samples: a list of (len(said),) float32 arrays in their order."""
     found, device = [None] * len(samples), model.lm_head.weight.device
     for part in bundles(samples, tokens):
         ids, said = rows([samples[i] for i in part], device)
         with autocast():
-            full = logprobs(model, ids, said)
+            full = logprobs(model, ids, said, temperature)
         lengths = said.sum(1).tolist()
         for i, own in zip(part, full[said].cpu().split(lengths)):
             found[i] = own.numpy()

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from engine import Engine
-from generate import ROWS as FEW
 from sizes import row_bytes
 
 ROWS = {"cpu": 128, "cuda": 2048}  # answers at a time
@@ -89,7 +88,7 @@ class Roller:
             self.model.requires_grad_(False)
         self.model.eval()
         self.tokenizer, self.device = tokenizer, weight.device
-        self.rows = rows or ROWS.get(self.device.type, FEW["cpu"])
+        self.rows = rows or ROWS.get(self.device.type, ROWS["cpu"])
         self.engines, self.pace, self.longest = {}, Pace(), 0
 
     @torch.no_grad()

@@ -126,6 +126,14 @@ def test_a_step_makes_what_was_rewarded_likelier_and_the_rest_less_likely(tokeni
     assert watched["logprob_gap_max"] < 1e-4
 
 
+def test_the_learner_measures_at_the_temperature_of_the_draws(tokenizer):
+    model = copy.deepcopy(base_model())
+    c = config(updates=1, temperature=0.7)
+    batch = grpo.collect(Roller(model, tokenizer), tokenizer, Taste(), c, 0)
+    watched = grpo.learn(model, base_model(), make_optimizer(model, 1e-4, 0.0), batch, c, torch.enable_grad)
+    assert watched["logprob_gap_max"] < 1e-4
+
+
 def test_updates_share_the_groups_and_the_second_is_off_policy(tokenizer):
     model = copy.deepcopy(base_model())
     seen, real = [], grpo.grpo_loss
