@@ -1,7 +1,7 @@
 """What reinforcement learning tries: prompts without an answer, and who judges the answers.
 
 The idea. A reward is a number for an answer, and it need not know how the answer came about. Here are three judges: a
-program (instructions.py), a model of somebody's taste (reward.py), and the scorers of a public package, which nobody
+program (instructions.py), a model of somebody's taste (judge.py), and the scorers of a public package, which nobody
 here wrote. Each environment has the same face:
 
     draw(rng)               (messages, thinking, item): a conversation up to the answer, whether to think, and what the
@@ -26,7 +26,7 @@ import preferences
 import skills
 from device import choose_impl
 from generate import chat_prompt, generate
-from reward import load_reward, score_answers
+from judge import load_reward, score_answers
 from template import END_THINK, THINK
 
 GYM = {  # options of reasoning-gym's families that keep them within what models of this size write

@@ -21,7 +21,7 @@ import instructions
 import preferences
 import stage
 from checkpoint import save_pretrained
-from reward import RewardModel, save_reward
+from judge import RewardModel, save_reward
 from rollout import Roller, Sample
 from safefile import write_json
 from train import make_optimizer

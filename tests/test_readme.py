@@ -1,5 +1,6 @@
 """The README's commands work as printed. Training is cut short: its length is not what is tested here."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ def shortened(command):
         return None, "set-up, done by make"
     if any(needed in command for needed in ("nano-12m", "out12", "cuda", "Nemotron-Nano")):
         return None, "needs a GPU or a released checkpoint"
+    if "--reward gym" in command and importlib.util.find_spec("reasoning_gym") is None:
+        return None, "needs an optional package"
     if command.startswith("make train"):
         return f'make train ARGS="{SHORT}"', ""
     if "train.py" in command:

@@ -14,6 +14,7 @@ import torch
 from fine_tuned import base_model, speaker, vocabulary
 from safetensors.torch import load_file, save_file
 
+import judge as judging
 import preferences
 import reward
 import skills
@@ -32,7 +33,7 @@ def tokenizer():
 
 def judge_of(seed=0):
     """A judge with numbers in all its places."""
-    judge = reward.RewardModel(copy.deepcopy(base_model()))
+    judge = judging.RewardModel(copy.deepcopy(base_model()))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         judge.w.copy_(torch.randn(judge.w.shape, generator=generator))
@@ -79,13 +80,13 @@ def test_the_gradient_of_w_is_that_of_a_logistic_regression_on_the_features(toke
 
 def test_what_is_read_is_the_prompt_without_thought_the_answer_and_the_end(tokenizer):
     prompt = preferences.Prompt((("animals", 2), ("colours", 1)), "Quick: ")
-    sample = reward.read(tokenizer, prompt, "cat, owl, red.")
+    sample = judging.read(tokenizer, prompt, "cat, owl, red.")
     asked = [{"role": "user", "content": prompt.text}]
     assert sample.prompt == chat_prompt(tokenizer, asked, thinking=False)
     assert tokenizer.decode(sample.prompt).endswith("<think></think>")
     assert tokenizer.decode(sample.said) == "cat, owl, red.\n<SPECIAL_12>"
-    assert vars(reward.read(tokenizer, prompt.text, "cat, owl, red.")) == vars(sample)
-    ids, last = reward.rows([sample, reward.read(tokenizer, prompt, "")], "cpu")
+    assert vars(judging.read(tokenizer, prompt.text, "cat, owl, red.")) == vars(sample)
+    ids, last = judging.rows([sample, judging.read(tokenizer, prompt, "")], "cpu")
     assert [ids[i, at].item() for i, at in enumerate(last)] == [tokenizer.eos_id] * 2 and last[0] > last[1]
 
 
@@ -93,13 +94,13 @@ def test_a_score_depends_neither_on_padding_nor_on_the_others(tokenizer):
     judge = judge_of()
     prompts, said = answers(24)
     said[3], said[7] = "", "cat " * 90
-    together = reward.score_answers(judge, tokenizer, prompts, said)
-    alone = [reward.score_answers(judge, tokenizer, [p], [a])[0] for p, a in zip(prompts, said)]
+    together = judging.score_answers(judge, tokenizer, prompts, said)
+    alone = [judging.score_answers(judge, tokenizer, [p], [a])[0] for p, a in zip(prompts, said)]
     assert np.std(alone) > 0.1 and together == pytest.approx(alone, abs=2e-5)
-    assert reward.score_answers(judge, tokenizer, prompts, said, tokens=200) == pytest.approx(alone, abs=2e-5)
-    back = reward.score_answers(judge, tokenizer, prompts[::-1], said[::-1])
+    assert judging.score_answers(judge, tokenizer, prompts, said, tokens=200) == pytest.approx(alone, abs=2e-5)
+    back = judging.score_answers(judge, tokenizer, prompts[::-1], said[::-1])
     assert back[::-1] == pytest.approx(alone, abs=2e-5)
-    ids, last = reward.rows([reward.read(tokenizer, prompts[0], said[0])], "cpu")
+    ids, last = judging.rows([judging.read(tokenizer, prompts[0], said[0])], "cpu")
     noise = torch.randint(0, tokenizer.vocab_size, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert judge(torch.cat([ids[:, : last[0] + 1], noise], 1), last).item() == pytest.approx(alone[0], abs=2e-5)
@@ -107,8 +108,8 @@ def test_a_score_depends_neither_on_padding_nor_on_the_others(tokenizer):
 
 def test_lists_of_different_length_are_refused_and_empty_ones_are_not(tokenizer):
     with pytest.raises(ValueError, match="2 prompts for 1 answers"):
-        reward.score_answers(judge_of(), tokenizer, ["a", "b"], ["c"])
-    assert reward.score_answers(judge_of(), tokenizer, [], []) == []
+        judging.score_answers(judge_of(), tokenizer, ["a", "b"], ["c"])
+    assert judging.score_answers(judge_of(), tokenizer, [], []) == []
 
 
 def test_a_batch_depends_on_seed_noise_and_step_and_holds_what_was_chosen(tokenizer):
@@ -135,14 +136,14 @@ def test_a_step_is_the_mean_over_all_pairs_whatever_the_parts(tokenizer):
         step = reward.train_step(judge, optimizer, scaler, parts, 1.0, lambda: torch.autocast("cpu", enabled=False))
         results.append([value.item() for value in step])
     assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=1e-4)
-    short, long = reward.read(tokenizer, "a", "b"), reward.read(tokenizer, "a", "b " * 99)
+    short, long = judging.read(tokenizer, "a", "b"), judging.read(tokenizer, "a", "b " * 99)
     tokens = 3 * (len(long.prompt) + len(long.said))  # room for three such rows: one pair
     for pair in ((short, long), (long, short)):
         assert [ids.numel() for ids, _ in reward.parts_of([pair] * 2, tokens, "cpu")] == [tokens * 2 // 3] * 2
     judge = judge_of()
     flat = [sample for side in zip(*pairs) for sample in side]
     with torch.no_grad():
-        chosen, rejected = judge(*reward.rows(flat, "cpu")).double().chunk(2)
+        chosen, rejected = judge(*judging.rows(flat, "cpu")).double().chunk(2)
     gap = (chosen - rejected).numpy()
     assert results[0][:2] == pytest.approx([np.logaddexp(0, -gap).mean(), (gap > 0).mean()], rel=1e-4)
 
@@ -152,18 +153,18 @@ def test_a_step_is_the_mean_over_all_pairs_whatever_the_parts(tokenizer):
 
 
 def test_the_rank_correlation_of_lists_with_ties():
-    assert reward.ranks([3.0, 1.0, 3.0, 9.0]).tolist() == [1.5, 0.0, 1.5, 3.0]
-    assert reward.rank_correlation([1, 2, 3, 4], [0.1, 5, 6, 1e9]) == pytest.approx(1)
-    assert reward.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert reward.rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / (5 * 24))  # no ties
-    assert reward.rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(1.5 / np.sqrt(1.5 * 2))
-    assert reward.rank_correlation([1, 1], [1, 2]) == 0
+    assert judging.ranks([3.0, 1.0, 3.0, 9.0]).tolist() == [1.5, 0.0, 1.5, 3.0]
+    assert judging.rank_correlation([1, 2, 3, 4], [0.1, 5, 6, 1e9]) == pytest.approx(1)
+    assert judging.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert judging.rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / (5 * 24))  # no ties
+    assert judging.rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(1.5 / np.sqrt(1.5 * 2))
+    assert judging.rank_correlation([1, 1], [1, 2]) == 0
 
 
 def test_held_out_figures_of_judges_that_know_know_the_reverse_and_know_nothing(tokenizer, monkeypatch):
     def judged(by):
-        monkeypatch.setattr(reward, "score_answers", lambda j, t, prompts, said: list(map(by, prompts, said)))
-        return reward.held_out(None, tokenizer, 60)
+        monkeypatch.setattr(judging, "score_answers", lambda j, t, prompts, said: list(map(by, prompts, said)))
+        return judging.held_out(None, tokenizer, 60)
 
     def asked(prompt, answer):
         assert preferences.split_of(prompt) == "test"
@@ -171,7 +172,7 @@ def test_held_out_figures_of_judges_that_know_know_the_reverse_and_know_nothing(
 
     assert judged(asked) == {"pairs": 1.0, "rank": pytest.approx(1), "rank in prompt": pytest.approx(1)}
     assert judged(lambda p, a: -preferences.score(p, a))["pairs"] == 0
-    monkeypatch.setattr(reward, "ANSWERS", 2)  # often of equal points: then there is no order to find
+    monkeypatch.setattr(judging, "ANSWERS", 2)  # often of equal points: then there is no order to find
     assert judged(asked)["rank in prompt"] == pytest.approx(1)
     nothing = judged(lambda p, a: 0.0)
     assert nothing == {"pairs": 0.5, "rank": 0.0, "rank in prompt": 0.0}
@@ -180,21 +181,21 @@ def test_held_out_figures_of_judges_that_know_know_the_reverse_and_know_nothing(
 
 
 def test_scores_are_standardised_on_fresh_answers_of_the_train_split(tokenizer, monkeypatch):
-    judge, seen, real = judge_of(), [], reward.score_answers
-    monkeypatch.setattr(reward, "STANDARD", 150)
-    monkeypatch.setattr(reward, "score_answers", lambda j, t, p, a: seen.append((p, a)) or real(j, t, p, a))
-    reward.standardise(judge, tokenizer)
+    judge, seen, real = judge_of(), [], judging.score_answers
+    monkeypatch.setattr(judging, "STANDARD", 150)
+    monkeypatch.setattr(judging, "score_answers", lambda j, t, p, a: seen.append((p, a)) or real(j, t, p, a))
+    judging.standardise(judge, tokenizer)
     prompts, said = seen[0]
     assert len(said) == 150 and all(preferences.split_of(p) == "train" for p in prompts)
     scores = np.array(real(judge, tokenizer, prompts, said))
     assert abs(scores.mean()) < 1e-3 and scores.std() == pytest.approx(1, abs=1e-3)
     shift, scale = judge.shift.item(), judge.scale.item()
-    reward.standardise(judge, tokenizer)  # again: nothing is added to what stood there
+    judging.standardise(judge, tokenizer)  # again: nothing is added to what stood there
     assert (judge.shift.item(), judge.scale.item()) == pytest.approx((shift, scale), rel=1e-5)
     with torch.no_grad():
         judge.w.zero_()
     with pytest.raises(ValueError, match="spread 0.0: train more steps"):
-        reward.standardise(judge, tokenizer)
+        judging.standardise(judge, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def sft3(tmp_path_factory, tokenizer):
 @pytest.fixture
 def go(sft3, tmp_path, capsys, monkeypatch):
     """go("name", *flags) runs reward.py; returns (folder, what was printed). stop: Ctrl-C in that step of this life."""
-    monkeypatch.setattr(reward, "STANDARD", 64)
+    monkeypatch.setattr(judging, "STANDARD", 64)
 
     def run(name, *flags, code=0, stop=None, start=sft3):
         real, calls = reward.train_step, []
@@ -259,14 +260,14 @@ def test_a_folder_opens_with_the_scores_that_were_saved(go, sft3, tokenizer, mon
     kept, real = [], reward.close
     monkeypatch.setattr(reward, "close", lambda job, judge, *rest: kept.append(judge) or real(job, judge, *rest))
     out, printed = go("judge", "--eval-count", 8)
-    judge, found = reward.load_reward(out)
+    judge, found = judging.load_reward(out)
     prompts, said = answers(12)
-    scores = reward.score_answers(judge, found, prompts, said)
-    assert scores == reward.score_answers(kept[0], tokenizer, prompts, said) and np.std(scores) > 0.1
+    scores = judging.score_answers(judge, found, prompts, said)
+    assert scores == judging.score_answers(kept[0], tokenizer, prompts, said) and np.std(scores) > 0.1
     assert judge.scale != 1 and stage.stage_of(out) == "reward"
-    half, _ = reward.load_reward(out, dtype="bfloat16")
+    half, _ = judging.load_reward(out, dtype="bfloat16")
     assert half.backbone.lm_head.weight.dtype == torch.bfloat16 and half.w.dtype == torch.float32
-    assert reward.score_answers(half, found, prompts, said) == pytest.approx(scores, abs=0.5)
+    assert judging.score_answers(half, found, prompts, said) == pytest.approx(scores, abs=0.5)
     before, after = (load_file(folder / "model.safetensors") for folder in (sft3, out))
     assert before.keys() == after.keys() and torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert not torch.equal(before["backbone.embeddings.weight"], after["backbone.embeddings.weight"])
@@ -277,21 +278,21 @@ def test_a_folder_opens_with_the_scores_that_were_saved(go, sft3, tokenizer, mon
 
 def test_folders_that_are_no_judge_or_a_damaged_one_are_refused(go, sft3, tmp_path):
     with pytest.raises(ValueError, match="is the end of stage sft3 and no reward model: give one"):
-        reward.load_reward(sft3)
+        judging.load_reward(sft3)
     with pytest.raises(ValueError, match="nowhere holds no finished reward model"):
-        reward.load_reward(tmp_path / "nowhere")
+        judging.load_reward(tmp_path / "nowhere")
     out, _ = go("judge", "--steps", 1)
     whole = load_file(out / "reward.safetensors")
     for change in ({"w": torch.zeros(3)}, {"scale": torch.tensor(0.0)}, {"shift": torch.tensor(float("nan"))}):
         save_file(whole | change, out / "reward.safetensors")
         with pytest.raises(ValueError, match="reward.safetensors holds .* in finite numbers: copy the folder"):
-            reward.load_reward(out)
+            judging.load_reward(out)
     (out / "reward.safetensors").write_bytes(b"\0" * 9)
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        reward.load_reward(out)
+        judging.load_reward(out)
     (out / "reward.safetensors").unlink()
     with pytest.raises(ValueError, match="reward.safetensors does not exist"):
-        reward.load_reward(out)
+        judging.load_reward(out)
 
 
 def test_a_kill_while_the_folder_is_written_leaves_no_folder_that_opens(go, monkeypatch):
@@ -303,9 +304,9 @@ def test_a_kill_while_the_folder_is_written_leaves_no_folder_that_opens(go, monk
     monkeypatch.undo()
     assert (out / "reward.safetensors").exists()  # before the weights
     with pytest.raises(ValueError, match="holds no finished reward model"):
-        reward.load_reward(out)
+        judging.load_reward(out)
     _, printed = go("killed", "--steps", 1)
-    assert "resume    at step 1" in printed and reward.load_reward(out)
+    assert "resume    at step 1" in printed and judging.load_reward(out)
 
 
 @pytest.mark.parametrize(
@@ -338,10 +339,10 @@ def test_a_tiny_judge_learns_an_easy_taste_from_choices(go, monkeypatch):
     out, _ = go("taste", "--steps", 16, "--pairs", 12, "--lr", 3e-3, "--eval-count", 60)
     found = entries(out)[-1]
     assert found["pairs"] > 0.85 and found["rank in prompt"] > 0.7, found
-    judge, tokenizer = reward.load_reward(out)
+    judge, tokenizer = judging.load_reward(out)
     with torch.no_grad():
         judge.w.neg_()
-    assert reward.held_out(judge, tokenizer, 60)["pairs"] < 0.15
+    assert judging.held_out(judge, tokenizer, 60)["pairs"] < 0.15
 
 
 # ----------------------------------------------------------------------------------------------------------------------
