@@ -342,6 +342,22 @@ def test_a_gym_scores_as_its_package_does_and_keeps_its_held_out_questions_apart
 
 
 @gym
+def test_what_a_gym_measures_is_what_is_wholly_right_with_a_thought_and_without(tokenizer, monkeypatch):
+    env = environments.Gym("spell_backward")
+    answers = {e["question"]: e["answer"] for e in env.held_out["spell_backward"]}
+
+    def reply(prompt, thinking):
+        word = answers[next(q for q in answers if q in prompt)]
+        return f"1\n</think>\n{word}" if thinking else f"{word}x"  # almost right
+
+    entry = env.held_out["spell_backward"][0]
+    assert 0 < env.score([("spell_backward", entry)], [entry["answer"] + "x"])[0] < 1
+    monkeypatch.setattr(environments, "generate", speaker(reply))
+    found = env.measure(None, tokenizer, 3)
+    assert found["spell_backward"] == 1 and found["spell_backward off"] == 0 < found["spell_backward thought"] < 9
+
+
+@gym
 def test_a_family_of_too_few_questions_is_refused(monkeypatch):
     import reasoning_gym
 
