@@ -163,7 +163,7 @@ class Roller:
         logprobs = torch.zeros(rows, room, device=self.device)
         alive = torch.arange(rows, device=self.device)  # which row a slot holds
         done = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        logits = self.model.lm_head(x).float()[:, :n].repeat_interleave(group, 0)
+        logits = self.model.lm_head(x).float().repeat_interleave(group, 0)
         for t in range(room):
             ids, logprob = draw(logits[:, :n], temperature, generator)
             said[alive, t], logprobs[alive, t] = ids, logprob  # behind a row's end, too: cut off below

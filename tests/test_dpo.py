@@ -331,6 +331,25 @@ def test_a_run_stopped_after_a_round_goes_on_to_the_bit(go):
     assert stage.stage_of(out) == "dpo" and (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_round_is_played_with_the_weights_of_the_round_before(go, monkeypatch):
+    """On a GPU the roller has a copy in bfloat16; here one in float64."""
+    same = []
+
+    class Copies(dpo.Roller):
+        def __init__(self, model, tokenizer, dtype=None):
+            super().__init__(model, tokenizer, torch.float64)
+            self.learner = model
+
+        def say(self, *args):
+            pairs = zip(self.model.parameters(), self.learner.parameters())
+            same.append(all(torch.equal(a.float(), b) for a, b in pairs))
+            return super().say(*args)
+
+    monkeypatch.setattr(dpo, "Roller", Copies)
+    out, _ = go("copies", "--rounds", 2)
+    assert all(same) and len(same) >= 2 and log_of(out)[0]["pairs"] > 0
+
+
 def test_a_rounds_line_is_what_happened(go):
     out, printed = go("one", "--rounds", 1, "--eval-count", 1, "--sft-weight", 0.1)
     (e,) = log_of(out)

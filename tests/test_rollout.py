@@ -122,9 +122,11 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_said(tokenizer):
 def test_one_roller_goes_from_few_short_prompts_to_many_long_ones_and_keeps_few_engines(model, tokenizer):
     roller, prompts = Roller(model, tokenizer), prompts_of(tokenizer, rollout.MOST + 2)
     for count in range(1, len(prompts) + 1):
-        found = flat(roller.say(prompts[:count], 1, 4 + 20 * count, seed=count))
+        found = flat(roller.say(prompts[:count], 1, 4 + 8 * count, seed=count))
         assert 0 < len(roller.engines) <= rollout.MOST
-    assert [s.said for s in found] == [s.said for s in flat(Roller(model, tokenizer).say(prompts, 1, 204, seed=10))]
+    assert [s.said for s in found] == [s.said for s in flat(Roller(model, tokenizer).say(prompts, 1, 84, seed=10))]
+    longer = [s.said for s in flat(roller.say(prompts, 1, 170, seed=1))]  # as many rows, and no room for them as it is
+    assert longer == [s.said for s in flat(Roller(model, tokenizer).say(prompts, 1, 170, seed=1))]
     for count in range(1, len(prompts) + 1):  # of one length: no engine is given up for being short
         roller.say([prompts[0][:9]] * count, 1, 2)
         assert 0 < len(roller.engines) <= rollout.MOST
