@@ -269,6 +269,8 @@ def one_round(job, roller, tokenizer, config, number, autocast):
     loss, norm = learn(model, job.optimizer, job.scaler, pairs, ref, config, number, autocast)
     _, now = logprobs_of(model, pairs, config.tokens, autocast)
     after, margins = dpo_loss(*now, *ref, config.beta)
+    if not after.isfinite().all():  # before it is saved
+        raise ValueError(f"the weights are of no use after round {number + 1}: lower --lr (now {config.lr:g})")
     chosen, rejected = (now - ref).mean(1).tolist()
     entry |= {
         "loss": loss, "norm": norm, "loss_after": after.mean().item(), "margin": margins.mean().item(),

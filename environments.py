@@ -37,6 +37,11 @@ GYM = {  # options of reasoning-gym's families that keep them within what models
 }
 
 
+def is_share(name):
+    """True if what has that name, among skills and what is measured here, is a share: no score and no length."""
+    return name not in ("judged", "ruled") and not name.endswith(" thought")
+
+
 def user(text):
     return [{"role": "user", "content": text}]
 
@@ -90,9 +95,9 @@ class Preferences:
 
     room = 128
 
-    def __init__(self, folder, tokenizer, device, dtype=None):
+    def __init__(self, folder, tokenizer, device, dtype=None, impl="auto"):
         self.judge, theirs = load_reward(folder, device, dtype)
-        self.judge.backbone.use(choose_impl("auto", device, self.judge.config)[0])
+        self.judge.backbone.use(choose_impl(impl, device, self.judge.config)[0])
         if (theirs.ranks, theirs.specials) != (tokenizer.ranks, tokenizer.specials):
             raise ValueError(
                 f"{folder} has another tokenizer than the policy: judge with one trained on its checkpoint"
@@ -136,6 +141,8 @@ class Gym:
         seen = {entry["question"] for of in self.sets.values() for entry in of}
         fresh = {name: make(name, seed + 10_000_019) for name in self.names}
         self.held_out = {name: [e for e in of if e["question"] not in seen] for name, of in fresh.items()}
+        if small := [name for name, of in self.held_out.items() if not of]:
+            raise ValueError(f"--families: {', '.join(small)} has no question left that training does not ask: drop it")
 
     def draw(self, rng):
         name = rng.choice(self.names)

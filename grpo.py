@@ -22,7 +22,8 @@ which all are right or all wrong teach nothing. Three more pieces:
     tokens  the mean is over all tokens of the step, not over answers first: a long answer counts by its length
 
 A thought that is not closed exactly once, an answer that is empty or does not end, is malformed: whatever the reward
-said, its tokens get a fixed negative advantage.
+said, its tokens get a fixed negative advantage, and to the rest of its group it counts as the step's lowest reward (0
+at most).
 
 Prompts and rewards are in environments.py. Rollouts are by rollout.py, in bfloat16 on a GPU; pi_old is what the learner
 itself says before its first update, and how far that is from what the rollout wrote down is logged.
@@ -127,6 +128,8 @@ def fill_in(config, parameters):
     for key in ("lr", "clip", "temperature", "clip_ratio"):
         if not 0 < getattr(config, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} must be a finite number above 0; got {getattr(config, key)}")
+    if config.warmup > 1:
+        raise ValueError(f"--warmup is a share between 0 and 1; got {config.warmup}")
     if not -math.inf < config.malformed <= 0:
         raise ValueError(f"--malformed is a penalty: a finite number of at most 0; got {config.malformed}")
     if config.prompts < config.updates:
@@ -236,7 +239,7 @@ def make_environment(config, tokenizer, device, dtype):
         return environments.Instructions()
     if config.reward == "gym":
         return environments.Gym(config.families, config.seed)
-    return environments.Preferences(config.judge, tokenizer, device, dtype)
+    return environments.Preferences(config.judge, tokenizer, device, dtype, config.impl)
 
 
 def run(config, say=print):
@@ -308,7 +311,7 @@ def run(config, say=print):
 
 def told(found):
     """Measurements in words: shares as percentages."""
-    return "  ".join(f"{k} {v:.0%}" if 0 <= v <= 1 else f"{k} {v:.2f}" for k, v in found.items())
+    return "  ".join(f"{k} {v:.0%}" if environments.is_share(k) else f"{k} {v:.2f}" for k, v in found.items())
 
 
 def close(job, environment, tokenizer, config, roller):
@@ -322,7 +325,7 @@ def close(job, environment, tokenizer, config, roller):
         found |= environment.measure(job.model, tokenizer, config.eval_count)
         job.say(f"after, on {config.eval_count} held-out prompts of each kind:\n  {told(found)}")
     job.record(found)
-    shown = [k for k, v in found.items() if 0 <= v <= 1]
+    shown = [k for k in found if environments.is_share(k)]
     plot(job.log, job.out / "curve.png", ("reward", "well_formed"), shown, f"stage {job.name}: reward in training")
     return job.log[-1]
 

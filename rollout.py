@@ -6,14 +6,15 @@ in Python (budgets, stop rules, who joins next), some 10 microseconds a token. A
 longer than the model itself. So here nothing leaves the device before all rows are done:
 
     read    each prompt once, padded on the left, then its states and keys are copied for all answers of its group
-    draw    a token a row, and its log-probability, by tensors alone; a row that has ended goes on saying its end
+    draw    a token a row, and its log-probability, by tensors alone; a row that has ended goes on, and nobody listens
     look    now and then: how many rows are still speaking? none: stop. Less than half: their states move to an engine
             of half the slots, so that a few long answers do not keep the whole batch waiting
 
 The step is `Engine.step`, a recorded CUDA graph on a GPU; engines are kept from call to call, because a recording holds
 addresses: the weights' too. So a learner that changes its weights in place is spoken with as it is; one that learns in
-float32 and speaks in bfloat16 has a copy here, to be refreshed by `follow`. Draws are at the given temperature over the
-whole vocabulary: the probabilities written down are those of the draw.
+float32 and speaks in bfloat16 has a copy here, to be refreshed by `follow`. Draws are at the given temperature over all
+of the tokenizer's ids: the probabilities written down are those of the draw. (A model may have rows for more ids than
+its tokenizer. A learner's softmax has them all; after tuning, nothing is left on the ids that no text has.)
 
 Why this is written by hand and what the library does better: RL frameworks hand this to vLLM, which pages its caches,
 spreads over GPUs and gets new weights by a broadcast. Here rollout and learner share one card and one process.
@@ -25,13 +26,15 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+
+from device import free_bytes  # isort: skip  (before torch)
 import torch
 
 from engine import Engine
 from sizes import row_bytes
 
 ROWS = {"cpu": 128, "cuda": 2048}  # answers at a time
-ROOM = 0.25  # of the device's free memory that caches may take
+ROOM = 0.25  # of the GPU's free memory that caches may take
 LOOK = 8  # steps between two looks at who is still speaking
 SMALLEST = 64  # slots; fewer are not faster
 MOST = 8  # engines that are kept
@@ -110,7 +113,12 @@ class Roller:
         start = time.perf_counter()
         was_training, self.model = self.model.training, self.model.eval()
         generator = torch.Generator(self.device).manual_seed(seed)
-        longest = max(map(len, prompts)) + room
+        longest, limit = max(map(len, prompts)) + room, self.model.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"a prompt of {longest - room} tokens and an answer of {room} would pass the model's {limit} "
+                "positions: lower --room"
+            )
         if longest > self.longest:  # engines of too few positions are of no use any more
             self.longest, self.engines = -(-longest // 64) * 64, {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
@@ -130,7 +138,7 @@ class Roller:
     def _fit(self):
         if self.device.type != "cuda":
             return self.rows
-        free = torch.cuda.mem_get_info(self.device)[0]
+        free = free_bytes(self.device)
         a_row = row_bytes(self.model.config, self.longest, self.model.lm_head.weight.element_size())
         held = sum(engine.cache.bytes() for engine in self.engines.values())
         return max(1, min(self.rows, int(ROOM * (free + held) / (3 * a_row))))
@@ -151,15 +159,14 @@ class Roller:
         engine.lengths = [len(prompt) for prompt in prompts for _ in range(group)]
         del cache
         eos = self.tokenizer.eos_id
-        said = torch.full((rows, room), eos, device=self.device)
+        said = torch.zeros(rows, room, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(rows, room, device=self.device)
         alive = torch.arange(rows, device=self.device)  # which row a slot holds
         done = torch.zeros(rows, dtype=torch.bool, device=self.device)
         logits = self.model.lm_head(x).float()[:, :n].repeat_interleave(group, 0)
         for t in range(room):
             ids, logprob = draw(logits[:, :n], temperature, generator)
-            ids = torch.where(done, eos, ids)
-            said[alive, t], logprobs[alive, t] = ids, logprob.masked_fill(done, 0.0)
+            said[alive, t], logprobs[alive, t] = ids, logprob  # behind a row's end, too: cut off below
             done = done | (ids == eos)
             if t == room - 1:
                 break

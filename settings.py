@@ -147,7 +147,9 @@ def finish(script, run, advice):
     except (ValueError, OSError) as e:
         print(f"{script}.py: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:  # a CPU's allocator has no error of its own
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
         print(f"{script}.py: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

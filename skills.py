@@ -30,6 +30,7 @@ import json
 import shlex
 import sys
 import time
+from pathlib import Path
 from random import Random
 
 from device import choose_device, choose_impl  # isort: skip  (before torch)
@@ -42,6 +43,7 @@ import tools
 from checkpoint import load_pretrained
 from evaluate import refuse
 from generate import chat_prompt, generate
+from settings import finish
 from template import END_THINK, THINK
 
 BUDGETS = (0, 8, 16, 24, 32, 48, 64, 96)
@@ -235,7 +237,7 @@ def plot_curves(curves, path):
     plt.close(figure)
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--checkpoint", nargs="+", default=["out-sft3"], help="one checkpoint folder, or several")
@@ -247,41 +249,42 @@ def main(argv=None):
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="its budgets, in tokens")
     parser.add_argument("--plot", default="", help="draw the curve to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object a checkpoint instead of tables")
-    try:
-        args = parser.parse_args(argv)
-        if args.count < 1 or min(args.budgets) < 0:
-            raise ValueError(f"--count must be at least 1 and --budgets at least 0; got {args.count}, {args.budgets}")
-        device, _ = choose_device(args.device)
-        choose_impl(args.impl, device)
-        curves = {}
-        for folder in args.checkpoint:
-            start = time.time()
-            model, tokenizer = load_pretrained(folder, device)
-            model.use(choose_impl(args.impl, device, model.config)[0])
-            if tokenizer is None:
-                raise ValueError(f"{folder} has no tokenizer.json, so no question can be put to the model")
-            result = {
-                "checkpoint": folder,
-                "count": args.count,
-                "skills": table(model, tokenizer, args.count, args.seed),
-            }
-            if args.curve or args.plot:
-                result["curve"] = budget_curve(model, tokenizer, args.budgets, args.count, args.seed)
-                curves[folder] = result["curve"]
-            result["seconds"] = round(time.time() - start, 1)
-            if args.json:
-                print(json.dumps(result), flush=True)
-                continue
-            print(f"{shlex.quote(folder)}: {args.count} held-out prompts of each kind, greedy ({result['seconds']} s)")
-            print(format_line(result["skills"]))
-            if curves:
-                print(format_curve(result["curve"]), flush=True)
-        if args.plot:
-            plot_curves(curves, args.plot)
-    except (ValueError, OSError) as error:
-        print(f"skills.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    if args.count < 1 or min(args.budgets) < 0:
+        raise ValueError(f"--count must be at least 1 and --budgets at least 0; got {args.count}, {args.budgets}")
+    if args.plot and not Path(args.plot).absolute().parent.is_dir():
+        raise ValueError(f"--plot {args.plot}: there is no folder {Path(args.plot).parent}, make it first")
+    device, _ = choose_device(args.device)
+    choose_impl(args.impl, device)
+    curves = {}
+    for folder in args.checkpoint:
+        start = time.time()
+        model, tokenizer = load_pretrained(folder, device)
+        model.use(choose_impl(args.impl, device, model.config)[0])
+        if tokenizer is None:
+            raise ValueError(f"{folder} has no tokenizer.json, so no question can be put to the model")
+        result = {
+            "checkpoint": folder,
+            "count": args.count,
+            "skills": table(model, tokenizer, args.count, args.seed),
+        }
+        if args.curve or args.plot:
+            result["curve"] = budget_curve(model, tokenizer, args.budgets, args.count, args.seed)
+            curves[folder] = result["curve"]
+        result["seconds"] = round(time.time() - start, 1)
+        if args.json:
+            print(json.dumps(result), flush=True)
+            continue
+        print(f"{shlex.quote(folder)}: {args.count} held-out prompts of each kind, greedy ({result['seconds']} s)")
+        print(format_line(result["skills"]))
+        if curves:
+            print(format_curve(result["curve"]), flush=True)
+    if args.plot:
+        plot_curves(curves, args.plot)
+
+
+def main(argv=None):
+    return finish("skills", lambda: run(argv), "lower --count, or give --device cpu")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,8 @@ class Stage:
         self.state_file = self.out / "training.safetensors"
         self.step, self.log, self.stopped, self.before = 0, [], False, 0.0
         self.history = require(name, checkpoint)
+        if not str(out):
+            raise ValueError("--out is empty: give a path, or leave the flag out")
         if self.out.resolve() == Path(checkpoint).resolve():
             raise ValueError(f"--out {out} is --checkpoint itself: a stage needs a folder of its own")
         self._check_out()

@@ -174,7 +174,7 @@ def verdict(holds, text):
 def claims(record, runs):
     """The pass criteria that were written down beforehand, and what came out."""
     mean, rows = statistics.mean, []
-    have = lambda *jobs: all(runs.get(job) for job in jobs)
+    have = lambda *jobs: sorted(set.intersection(*(set(runs.get(job, ())) for job in jobs)))  # the seeds that have all
     if have("sft1"):
         obeyed, thinking = ends(runs, "sft1", "obeyed"), gains_of(runs, "sft1", "off", "on")
         rows.append(verdict(min(obeyed) >= 0.95, f"reasoning-off obeyed by 95 % after stage 1: {several(obeyed)}"))
@@ -182,11 +182,10 @@ def claims(record, runs):
     if have("sft1, no empty thoughts"):
         control = ends(runs, "sft1, no empty thoughts", "obeyed")
         rows.append(verdict(max(control) < 0.95, f"without empty thoughts it is not obeyed: {several(control)}"))
-    if have("sft1", "sft1, alone"):
-        for job in ("sft1", "sft1, no reset"):
-            if have(job):
-                cost = gains(runs, job, "sft1, alone", "tools")
-                rows.append(verdict(mean(cost) >= 0.03, f"packing costs tool success ({job}): {points(cost)} points"))
+    for job in ("sft1", "sft1, no reset"):
+        if have(job, "sft1, alone"):
+            cost = gains(runs, job, "sft1, alone", "tools")
+            rows.append(verdict(mean(cost) >= 0.03, f"packing costs tool success ({job}): {points(cost)} points"))
     for first, then in (("sft1", "sft2"), ("sft1, no reset", "sft2, after no reset")):
         if have(first, then, "sft2, after alone"):
             lost = gains(runs, then, "sft2, after alone", "tools")
@@ -200,8 +199,12 @@ def claims(record, runs):
     for before, after, name, least in (("ifrl", "dpo", "tools", 0.05), ("dpo", "rlhf", "liked", 0.0)):
         if have(before, after):
             won = gains(runs, before, after, name)
-            bar = f"by {100 * least:.0f} points or more" if least else ""
-            rows.append(verdict(mean(won) > least - 1e-9, f"{after} lifts {name} {bar}: {points(won)}"))
+            bar = f" by {100 * least:.0f} points or more" if least else ""
+            rows.append(
+                verdict(
+                    mean(won) >= least - 1e-9 if least else mean(won) > 0, f"{after} lifts {name}{bar}: {points(won)}"
+                )
+            )
     if have("dpo"):
         success = [[e["success"] for e in r["log"] if "success" in e] for r in runs["dpo"].values()]
         told = [several([s[at] for s in success if s]) for at in (0, -1)]
@@ -247,8 +250,8 @@ def claims(record, runs):
             told = ", ".join(f"{n} {values[at]:.0%}" for n, values in part.items())
             text = f"the same for what each end was trained for, means over seeds: {told} at {MIDDLE[at]}"
             rows.append(verdict(max(least) >= 0.9, text))
-    if have(*CHAIN):
-        took = [sum(runs[job][s]["seconds"] for job in (*CHAIN, "reward")) / 60 for s in runs["rlhf"]]
+    if seeds := have(*CHAIN, "reward"):
+        took = [sum(runs[job][s]["seconds"] for job in (*CHAIN, "reward")) / 60 for s in seeds]
         rows.append(
             verdict(max(took) <= 20, f"the whole chain in 20 minutes on one GPU: {several(took, '.1f')}, shared")
         )

@@ -133,7 +133,8 @@ def result(args, name, seed):
 
 
 def launch(args, gpu, name, seed):
-    """Run one job; what it says goes to files beside its folder. Returns its seconds, or None if it failed."""
+    """Run one job; what it says goes to files beside its folder. Returns its seconds, or None if it failed or was
+    stopped: Ctrl-C reaches all jobs, and a script that saved and stopped has not failed, but is not done either."""
     start, words = time.time(), [sys.executable, *command(args, name, seed)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": str(args.threads)}
     with open(beside(args, name, seed, ".txt"), "w") as out, open(beside(args, name, seed, ".err"), "w") as err:
@@ -142,6 +143,10 @@ def launch(args, gpu, name, seed):
         tail = beside(args, name, seed, ".err").read_text("utf-8")[-600:]
         print(f"{name}, seed {seed} failed ({done.returncode}): {tail}", flush=True)
         return None
+    if name == "base" or not JOBS[name].printed:
+        if not (folder(args, name, seed) / "config.json").exists():
+            print(f"{name}, seed {seed} was stopped; a second call goes on with it", flush=True)
+            return None
     took = time.time() - start
     temporary = beside(args, name, seed, ".seconds.tmp")  # who sees the file sees what is in it
     temporary.write_text(f"{took:.1f}")
@@ -233,7 +238,13 @@ def start_record(args, out):
         "flags": args.flags, "runs": [],
     }  # fmt: skip
     if out.exists():
-        before = json.loads(out.read_text("utf-8"))
+        try:
+            before = json.loads(out.read_text("utf-8"))
+            before = before if isinstance(before["runs"], list) else None
+        except (ValueError, KeyError, TypeError):
+            before = None
+        if before is None:
+            raise ValueError(f"--out {out} is there already and no record of runs: give another")
         same = ("preset", "count", "card", "one base", "flags")
         if [before.get(k) for k in same] != [record[k] for k in same]:
             raise ValueError(f"--out {out} holds runs with other {', '.join(same)}: give another")
@@ -299,6 +310,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"alignment_twins.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # jobs have saved by now
+        return 130
     return 0
 
 

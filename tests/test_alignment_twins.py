@@ -148,6 +148,19 @@ def test_a_launched_job_leaves_its_words_and_seconds_and_a_failure_is_told(tmp_p
     monkeypatch.setattr(twins, "command", lambda *a: ["-c", "print('{\"curve\": []}')"])
     assert twins.launch(args, "", "budget", 0) > 0 and twins.finished(args, "budget", 0)
     assert twins.result(args, "budget", 0)["curve"] == []
+    twins.folder(args, "gym", 0).mkdir()
+    entries = [{"step": i, "reward": 0.1, "lr": 1} for i in range(301)] + [{"step": 302, "tools": 0.5}]
+    (twins.folder(args, "gym", 0) / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    twins.beside(args, "gym", 0, ".seconds").write_text("3.0")
+    told = twins.result(args, "gym", 0)
+    assert told["end"] == entries[-1] and told["before"] == entries[0] and told["seconds"] == 3
+    assert told["log"][0] == {"step": 0, "reward": 0.1} and 50 < len(told["log"]) < 90
+    monkeypatch.setattr(twins, "command", lambda *a: ["-c", "pass"])  # a script that was asked to stop ends well, too
+    assert twins.launch(args, "", "sft1", 0) is None and not twins.finished(args, "sft1", 0)
+    assert "sft1, seed 0 was stopped; a second call goes on with it" in capsys.readouterr().out
+    twins.folder(args, "sft1", 0).mkdir()
+    (twins.folder(args, "sft1", 0) / "config.json").write_text("{}")
+    assert twins.launch(args, "", "sft1", 0) > 0 and twins.finished(args, "sft1", 0)
     monkeypatch.setattr(twins, "command", lambda *a: ["-c", "raise SystemExit('no such thing')"])
     assert twins.launch(args, "", "budget", 1) is None and not twins.finished(args, "budget", 1)
     assert "budget, seed 1 failed (1): no such thing" in capsys.readouterr().out
@@ -160,6 +173,20 @@ def test_another_kind_of_record_is_refused(tmp_path):
     args.count = 26
     with pytest.raises(ValueError, match="holds runs with other"):
         twins.start_record(args, out)
+    for text in ("[]", "{}", "no JSON"):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="record.json is there already and no record of runs"):
+            twins.start_record(args, out)
+
+
+def test_ctrl_c_is_an_exit_code(tmp_path, monkeypatch):
+    def asked(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(twins, "collect", asked)
+    (tmp_path / "config.json").touch()
+    words = ["--base", tmp_path, "--out", tmp_path / "record.json", "--work", tmp_path / "work"]
+    assert twins.main(list(map(str, words))) == 130
 
 
 @pytest.mark.parametrize(
@@ -213,6 +240,48 @@ def test_verdicts_follow_from_the_record(record):
             run["end"]["tools"] = 0.54
     text = shown.claims(record, shown.by_job(record))
     assert not any(held(of) for of in ("98 % well formed", "of the same length", "accuracy rises", "dpo lifts tools"))
+
+
+def test_jobs_of_different_seeds_are_not_compared_and_no_gain_is_no_lift(record):
+    runs = [r for r in record["runs"] if not (r["job"] == "sft1" and r["seed"] or r["job"] == "dpo" and not r["seed"])]
+    apart = record | {"runs": [r for r in runs if r["job"] != "sft1, alone" or r["seed"]]}
+    text = shown.tables(apart)
+    assert "packing costs tool success (sft1)" not in text and "packing costs tool success (sft1, no reset)" in text
+    assert "rlhf lifts liked: +40.0 |" in text  # of one seed
+    for run in record["runs"]:
+        if run["job"] == "rlhf":
+            run["end"]["liked"] = SKILL["liked"]
+    assert lines(shown.tables(record), "rlhf lifts liked: +0.0")[0].startswith("| MISSED")
+
+
+def test_verdicts_look_at_the_worst_seed_and_compare_a_seed_with_itself(record):
+    held = lambda of: lines(shown.claims(record, shown.by_job(record)), of)[0].startswith("| held")
+    runs = shown.by_job(record)
+    for seed, value in enumerate((0.99, 0.5)):
+        runs["sft1"][seed]["end"]["obeyed"] = value
+    assert not held("reasoning-off obeyed")
+    runs["sft1"][1]["end"]["obeyed"] = 0.96
+    assert held("reasoning-off obeyed")
+    for seed, (before, after) in enumerate(((0.2, 0.3), (0.6, 0.7))):
+        runs["ifrl"][seed]["end"]["tools"], runs["dpo"][seed]["end"]["tools"] = before, after
+    assert "dpo lifts tools by 5 points or more: +10.0 (+10.0 to +10.0)" in shown.tables(record)
+    assert held("of the same length")
+    runs["budget"][0]["curve"][0]["answer_tokens"] = 3  # shorter is another length, too
+    assert not held("of the same length")
+
+
+@pytest.mark.parametrize("kept, holds", [(0.95, True), (0.5, False)])
+def test_a_merge_is_asked_for_both_gains_at_one_alpha(record, kept, holds):
+    for run in record["runs"]:
+        if run["job"] == "merge":
+            for line in run["sweep"]:
+                a = line["alpha"]
+                line["skills"] = SKILL | {
+                    "instructions": {0.0: 1.0, 1.0: 0.0}.get(a, kept),
+                    "liked": {0.0: 0.0, 1.0: 1.0}.get(a, 0.95 if a == 0.6 else 0.1),
+                }
+    (line,) = lines(shown.claims(record, shown.by_job(record)), "the same for what each end was trained for")
+    assert line.startswith("| held") is holds and f"instructions {kept:.0%}, liked 95% at 0.6" in line
 
 
 def test_a_gain_that_a_merge_keeps_is_counted_from_the_worse_end_to_the_better():

@@ -347,6 +347,17 @@ def test_a_round_without_pairs_leaves_the_weights(go, monkeypatch, begun):
     assert (out / "model.safetensors").read_bytes() == (begun / "model.safetensors").read_bytes()
 
 
+def test_weights_of_no_use_are_not_saved(go, monkeypatch):
+    def learn(model, *rest):
+        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+        return 0.7, 1.0
+
+    monkeypatch.setattr(dpo, "learn", learn)
+    out, printed = go("nan", "--rounds", 1, code=2)
+    assert "the weights are of no use after round 1: lower --lr" in printed
+    assert sorted(p.name for p in out.iterdir()) == ["log.jsonl"]
+
+
 def test_a_checkpoint_of_another_stage_is_refused(go, begun, tokenizer, tmp_path):
     save_pretrained(tmp_path / "base", base_model(), tokenizer)
     out, printed = go("none", start=tmp_path / "base", code=2)
@@ -361,7 +372,7 @@ def test_a_checkpoint_of_another_stage_is_refused(go, begun, tokenizer, tmp_path
         (["--temperature", "-1"], "--temperature must be"), (["--sft-weight", "-1"], "--sft-weight must be at least 0"),
         (["--lr", "nan"], "--lr must be a finite"), (["--rounds", "0"], "--rounds must be at least 1"),
         (["--warmup", "2"], "--warmup is a share"), (["--checkpoint", "nowhere"], "nowhere holds no finished"),
-        (["--nope"], "unrecognized"),
+        (["--nope"], "unrecognized"), (["--out", ""], "--out is empty: give a path"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_sentence_and_write_nothing(go, flags, says):

@@ -126,6 +126,15 @@ def test_a_step_makes_what_was_rewarded_likelier_and_the_rest_less_likely(tokeni
     assert watched["logprob_gap_max"] < 1e-4
 
 
+def test_a_steps_answers_depend_on_seed_and_step(tokenizer):
+    roller = Roller(base_model(), tokenizer)
+    said = lambda seed, step: [
+        (s.prompt, s.said) for s in grpo.collect(roller, tokenizer, Taste(), config(seed=seed), step).samples
+    ]
+    one = said(0, 0)
+    assert one == said(0, 0) and one != said(1, 0) and one != said(0, 1)
+
+
 def test_the_learner_measures_at_the_temperature_of_the_draws(tokenizer):
     model = copy.deepcopy(base_model())
     c = config(updates=1, temperature=0.7)
@@ -164,6 +173,36 @@ def test_the_gradient_does_not_depend_on_how_the_tokens_are_cut_into_parts(token
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
+def test_each_update_is_the_mean_over_its_own_tokens(tokenizer):
+    c = replace_clip(config(updates=2, kl=0.1))
+    batch = grpo.collect(Roller(base_model(), tokenizer), tokenizer, Taste(), c, 1)
+    batch.advantages = torch.linspace(-1, 1, 16)
+
+    def gradients(of, c):
+        model, found = copy.deepcopy(base_model()), []
+        step = lambda: found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        clear = lambda **_: model.zero_grad()
+        optimizer = SimpleNamespace(step=step, zero_grad=clear)
+        grpo.learn(model, base_model(), optimizer, of, c, torch.enable_grad)
+        return found
+
+    both = gradients(batch, c)
+    for turn, got in enumerate(both):  # four groups of four: the first and the third, then the others
+        mine = [i for i in range(16) if i // 4 % 2 == turn]
+        half = grpo.Batch([batch.samples[i] for i in mine], None, batch.advantages[mine], None, None)
+        torch.testing.assert_close(got, *gradients(half, replace_clip(config(updates=1, kl=0.1))), rtol=1e-3, atol=1e-6)
+    assert len(both) == 2
+
+
+def test_the_gradient_is_cut_to_its_norm(tokenizer):
+    model, c, norms = copy.deepcopy(base_model()), config(updates=1, clip=1e-3), []
+    batch = grpo.collect(Roller(model, tokenizer), tokenizer, Taste(), c, 1)
+    step = lambda: norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+    optimizer = SimpleNamespace(step=step, zero_grad=lambda **_: None)
+    watched = grpo.learn(model, base_model(), optimizer, batch, c, torch.enable_grad)
+    assert norms == [pytest.approx(1e-3, rel=1e-3)] and watched["norm"] > 2e-3  # told as it was
+
+
 def replace_clip(c):
     c.clip = 1e9
     return c
@@ -191,6 +230,9 @@ def test_malformed_answers_get_the_fixed_advantage_and_no_reward(tokenizer, monk
     a = batch.advantages.view(4, 4)[0]
     assert a[1] == a[2] == -2.0 and 0 < a[0] < a[3]
     assert batch.shown[2] == 3.0
+    env.score = lambda items, answers: [float(a.count("e")) - 9 for a in answers]  # below 0: as the worst of the step
+    batch = grpo.collect(Speaks(), tokenizer, env, config(malformed=-2.0), 0)
+    assert batch.rewards.view(4, 4)[0].tolist() == [-6.0, -9.0, -9.0, -5.0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,7 +309,10 @@ def test_preferences_are_what_the_judge_says(judge_folder, tokenizer):
     assert env.score(items, answers) == pytest.approx(
         environments.score_answers(env.judge, tokenizer, items, answers), abs=1e-5
     )
+    asked, real = [], env.score
+    env.score = lambda items, answers: asked.extend(items) or real(items, answers)
     found = env.measure(base_model(), tokenizer, 2)
+    assert {preferences.split_of(p) for p in asked} == {"test"}
     assert set(found) == {"judged", "ruled"} and np.isfinite(list(found.values())).all()
 
 
@@ -297,6 +342,32 @@ def test_a_gym_scores_as_its_package_does_and_keeps_its_held_out_questions_apart
 
 
 @gym
+def test_what_a_gym_measures_is_what_is_wholly_right_with_a_thought_and_without(tokenizer, monkeypatch):
+    env = environments.Gym("spell_backward")
+    answers = {e["question"]: e["answer"] for e in env.held_out["spell_backward"]}
+
+    def reply(prompt, thinking):
+        word = answers[next(q for q in answers if q in prompt)]
+        return f"1\n</think>\n{word}" if thinking else f"{word}x"  # almost right
+
+    entry = env.held_out["spell_backward"][0]
+    assert 0 < env.score([("spell_backward", entry)], [entry["answer"] + "x"])[0] < 1
+    monkeypatch.setattr(environments, "generate", speaker(reply))
+    found = env.measure(None, tokenizer, 3)
+    assert found["spell_backward"] == 1 and found["spell_backward off"] == 0 < found["spell_backward thought"] < 9
+
+
+@gym
+def test_a_family_of_too_few_questions_is_refused(monkeypatch):
+    import reasoning_gym
+
+    few = lambda name, size, seed, **_: [{"question": f"{i % 3}?", "answer": "1"} for i in range(size)]
+    monkeypatch.setattr(reasoning_gym, "create_dataset", few)
+    with pytest.raises(ValueError, match="chain_sum has no question left that training does not ask"):
+        environments.Gym("chain_sum")
+
+
+@gym
 def test_an_unknown_family_is_told():
     with pytest.raises(ValueError, match="'nonsense'.* is not a family of reasoning-gym"):
         environments.Gym("chain_sum,nonsense")
@@ -312,6 +383,11 @@ def test_a_missing_gym_is_told(monkeypatch):
 # The script
 
 
+def test_scores_and_lengths_are_not_told_as_shares():
+    found = {"judged": 0.42, "ruled": 1.0, "adding thought": 0.5, "adding": 0.5, "hard": 1.0}
+    assert grpo.told(found) == "judged 0.42  ruled 1.00  adding thought 0.50  adding 50%  hard 100%"
+
+
 @pytest.fixture(scope="module")
 def sft3(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("sft3")
@@ -324,7 +400,7 @@ def sft3(tmp_path_factory, tokenizer):
 def go(tmp_path, sft3, capsys):
     """Run the script in a folder of its own; stop: when Ctrl-C comes, in steps. Returns (folder, what it said)."""
     flags = ["--steps", 4, "--prompts", 2, "--group", 3, "--room", 8, "--eval-count", 0, "--skills-every", 0,
-             "--save-every", 100, "--dtype", "float32"]  # fmt: skip
+             "--save-every", 100, "--dtype", "float32", "--warmup", 0.5]  # fmt: skip
 
     def run(name, *more, start=sft3, code=0, stop=None):
         steps, real = iter(range(1, 100)), grpo.learn
@@ -358,7 +434,35 @@ def test_a_stopped_run_goes_on_to_the_bit_and_its_end_is_a_stage(go):
         [json.loads(line).get("reward") for line in (f / "log.jsonl").read_text().splitlines()] for f in (whole, out)
     ]
     assert rewards[0] == rewards[1] and len(rewards[0]) == 5
+    rates = [json.loads(line).get("lr") for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rates[:4] == pytest.approx([1e-4, 2e-4, 2e-4, 2e-4])  # half of four steps rise
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_speaks_with_the_weights_of_the_step_before(go, monkeypatch):
+    """On a GPU the roller has a copy in bfloat16; here one in float64."""
+    same = []
+
+    class Copies(Roller):
+        def __init__(self, model, tokenizer, dtype=None):
+            super().__init__(model, tokenizer, torch.float64)
+            self.learner = model
+
+        def say(self, *args, **options):
+            pairs = zip(self.model.parameters(), self.learner.parameters())
+            same.append(all(torch.equal(a.float(), b) for a, b in pairs))
+            return super().say(*args, **options)
+
+    monkeypatch.setattr(grpo, "Roller", Copies)
+    go("copies", "--steps", 2)
+    assert same == [True, True]
+
+
+def test_a_gradient_of_no_use_ends_the_run_before_it_is_saved(go, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "grpo_loss", lambda pi, *rest: (pi.sum() * float("nan"), {}))
+        out, printed = go("nan", "--save-every", 1, code=2)
+    assert "the gradient's norm is nan at step 1: lower --lr" in printed and not (out / "training.safetensors").exists()
 
 
 def test_the_wrong_stage_is_refused_and_nothing_is_written(go, judge_folder):
@@ -376,6 +480,7 @@ def test_the_wrong_stage_is_refused_and_nothing_is_written(go, judge_folder):
     [
         (["--reward", "money"], "--reward 'money' is not one of"), (["--group", "1"], "--group must be at least 2"),
         (["--lr", "nan"], "--lr must be a finite"), (["--malformed", "1"], "--malformed is a penalty"),
+        (["--warmup", "2"], "--warmup is a share"),
         (["--updates", "9"], "cannot be split"), (["--clip-ratio", "0"], "--clip-ratio must be a finite"),
         (["--reward", "gym", "--families", ","], "not a family" if THERE else "pip"),
         (["--checkpoint", "nowhere"], "nowhere holds no finished checkpoint"), (["--nope"], "unrecognized"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fine_tuned import base_model, vocabulary
+from reference import ours
 
 import conversations as C
 import policy
@@ -96,7 +97,45 @@ def test_a_few_rows_at_a_time(model, tokenizer):
     samples = flat(roller.say(prompts_of(tokenizer), 2, 20, seed=1))
     assert set(roller.engines) == {4} and len(samples) == 12
     assert roller.pace.samples == 12 and roller.pace.tokens == sum(len(s.said) for s in samples)
+    assert roller.pace.prompt_tokens == sum(map(len, prompts_of(tokenizer)))  # once a group
     assert all(np.abs(plain(model, s) - s.logprobs).max() < 1e-4 for s in samples)
+
+
+def test_a_prompt_of_one_token_stands_beside_longer_ones(model, tokenizer):
+    for prompts in ([[5]], [[5], [5, 6, 7], [9]]):
+        samples = flat(Roller(model, tokenizer).say(prompts, 2, 10, seed=1))
+        assert all(np.abs(plain(model, s) - s.logprobs).max() < 1e-4 for s in samples)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_said(tokenizer):
+    n = tokenizer.vocab_size
+    wide = ours(vocab_size=2 * n, hidden_size=32, intermediate_size=48)
+    for sample in flat(Roller(wide, tokenizer).say(prompts_of(tokenizer, 3), 4, 12, seed=1)):
+        assert max(sample.said) < n  # half of all would not be
+        ids = torch.tensor([sample.prompt + sample.said])
+        with torch.no_grad():
+            logits = wide(ids)[0, len(sample.prompt) - 1 : -1, :n]
+        own = torch.log_softmax(logits, -1).gather(1, torch.tensor(sample.said)[:, None])[:, 0].numpy()
+        assert np.abs(own - sample.logprobs).max() < 1e-4
+
+
+def test_one_roller_goes_from_few_short_prompts_to_many_long_ones_and_keeps_few_engines(model, tokenizer):
+    roller, prompts = Roller(model, tokenizer), prompts_of(tokenizer, rollout.MOST + 2)
+    for count in range(1, len(prompts) + 1):
+        found = flat(roller.say(prompts[:count], 1, 4 + 20 * count, seed=count))
+        assert 0 < len(roller.engines) <= rollout.MOST
+    assert [s.said for s in found] == [s.said for s in flat(Roller(model, tokenizer).say(prompts, 1, 204, seed=10))]
+    for count in range(1, len(prompts) + 1):  # of one length: no engine is given up for being short
+        roller.say([prompts[0][:9]] * count, 1, 2)
+        assert 0 < len(roller.engines) <= rollout.MOST
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(model, tokenizer):
+    roller = Roller(model, tokenizer)
+    for mode in (True, False):
+        model.train(mode)
+        roller.say([[5, 6]], 1, 2)
+        assert model.training is mode
 
 
 def test_draws_have_their_probabilities():
@@ -123,6 +162,7 @@ def test_a_copy_follows_only_when_told(model, tokenizer):
             for p, w in zip(model.parameters(), wide):
                 p.copy_(w)
     assert model.lm_head.weight.dtype == torch.float32  # the learner's own stay as they are
+    assert {p.dtype for p in roller.model.parameters() if p.dim() == 1} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -134,15 +174,26 @@ def test_bad_wishes_get_a_sentence(model, tokenizer, bad):
         Roller(model, tokenizer).say(**wish)
 
 
+def test_more_positions_than_the_model_has_are_refused_before_anything_is_made(model, tokenizer):
+    roller = Roller(model, tokenizer)
+    with pytest.raises(ValueError, match="a prompt of 2 tokens and an answer of 131071 would pass .* lower --room"):
+        roller.say([[1, 2]], 1, 131_071)
+    assert not roller.engines
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The learner's side
 
 
 def test_log_probabilities_agree_with_the_rollout_and_have_the_gradient_of_the_plain_form(model, tokenizer):
     samples = flat(Roller(model, tokenizer).say(prompts_of(tokenizer), 2, 25, seed=2))
+    cooler = policy.frozen_logprobs(model, samples[:2], 300, torch.inference_mode, 0.7)
+    assert all(np.abs(plain(model, s, 0.7) - own).max() < 1e-4 for s, own in zip(samples, cooler))
     found = policy.frozen_logprobs(model, samples, 300, torch.inference_mode)  # several bundles
     gaps = policy.mismatch(found, [s.logprobs for s in samples])
     assert gaps["logprob_gap_max"] < 1e-4 and 1 <= gaps["logprob_error"] < 1 + 1e-4
+    apart = policy.mismatch([np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.0, -1.0]), np.array([-5.0])])
+    assert apart == pytest.approx({"logprob_gap": 1, "logprob_gap_max": 2, "logprob_error": (1 + np.e + np.e**2) / 3})
     ids, said = policy.rows(samples, "cpu")
     assert said.sum() == sum(len(s.said) for s in samples) and ids.shape[1] % 16 == 0
     weights = torch.randn(said.shape, generator=torch.Generator().manual_seed(0))

@@ -13,6 +13,7 @@ from settings import finish
         (ValueError("--x is 3: lower it"), 2, "try.py: --x is 3: lower it\n"),
         (OSError("no such folder"), 2, "try.py: no such folder\n"),
         (torch.OutOfMemoryError("of a card"), 2, "try.py: out of memory: lower --y\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "try.py: out of memory: lower --y\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

@@ -166,7 +166,8 @@ def test_the_script_asks_a_real_model(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize(
     "flags, says",
     [(["--count", "0"], "--count must be at least 1"), (["--budgets", "-1"], "--budgets at least 0"),
-     (["--checkpoint", "nowhere"], "nowhere does not exist"), (["--nope"], "unrecognized")],
+     (["--checkpoint", "nowhere"], "nowhere does not exist"), (["--nope"], "unrecognized"),
+     (["--plot", "no/such/x.png"], "there is no folder no/such")],
 )  # fmt: skip
 def test_bad_flags_are_one_sentence(flags, says, capsys):
     assert skills.main(flags) == 2
