@@ -218,6 +218,10 @@ def run(config, say=print):
     job.begin(model, optimizer, scaler)
     roller = Roller(model, tokenizer, start.dtype if device.type == "cuda" else None)
     roller.longest = -(-config.length // 64) * 64  # slots of one size from the first, whatever was said before
+    if job.step == 0 and config.eval_count:  # all other skills are in the log of before
+        found = drawn_success(model, roller, tokenizer, config)
+        job.record({"step": 0} | found)
+        say(f"before    of held-out plays right: {skills.format_line(found)}")
     model.train()
     for number in job.steps(config.rounds, 1):
         entry = one_round(job, roller, tokenizer, config, number, autocast)
@@ -229,7 +233,22 @@ def run(config, say=print):
             say(f"round {done:3d}  {skills.format_line(found)}")
     if job.stopped:
         return None
-    return close(job, tokenizer, config)
+    return close(job, roller, tokenizer, config)
+
+
+def drawn_success(model, roller, tokenizer, config):
+    """{"drawn", "drawn chain"}: of held-out episodes, the kinds in turn, each played `plays` times at the temperature
+    of training, the share that ends right; the second of those where a result decides the next call.
+
+    `tools` in the table of skills is greedy. The two are not the same: a model can be right greedily and err in every
+    third play that is drawn, and these are the plays it learns from."""
+    kinds = [tools.KINDS[i % len(tools.KINDS)] for i in range(max(config.eval_count, len(tools.KINDS)))]
+    episodes = [tools.sample(kind, Random(f"drawn {i}"), "test") for i, kind in enumerate(kinds)]
+    roller.follow(model)
+    how = config.plays, config.room, config.length, config.temperature, "drawn"
+    plays = [played for group in play(roller, tokenizer, episodes, *how) for played in group]
+    chain = (p.success for p in plays if p.play.episode.kind in tools.SEVERAL)
+    return {"drawn": skills.share(p.success for p in plays), "drawn chain": skills.share(chain)}
 
 
 def one_round(job, roller, tokenizer, config, number, autocast):
@@ -303,12 +322,14 @@ def _line(text):
     return " / ".join(text.strip().split("\n"))
 
 
-def close(job, tokenizer, config):
+def close(job, roller, tokenizer, config):
     """The end of the stage: its checkpoint folder, the skills, the plot; returns the closing entry of the log."""
     job.finish(tokenizer)
     job.say(f"{config.rounds} rounds in {job.seconds():.0f} s; {config.out} is the end of stage dpo")
-    found = skills.table(job.model, tokenizer, config.eval_count) if config.eval_count else {}
-    if found:
+    found = {}
+    if config.eval_count:
+        found = skills.table(job.model, tokenizer, config.eval_count)
+        found |= drawn_success(job.model, roller, tokenizer, config)
         job.say(f"on {config.eval_count} held-out prompts of each kind:\n  {skills.format_line(found)}")
     job.record(found)
     title = "stage dpo, by round: loss (nats), shares of plays and pairs"

@@ -206,6 +206,11 @@ def claims(record, runs):
                 )
             )
     if have("dpo"):
+        won = [r["end"]["drawn"] - r["before"]["drawn"] for r in runs["dpo"].values() if "drawn" in r["before"]]
+        if won:
+            rows.append(
+                verdict(mean(won) >= 0.05, f"dpo lifts held-out plays that are drawn by 5 points: {points(won)}")
+            )
         success = [[e["success"] for e in r["log"] if "success" in e] for r in runs["dpo"].values()]
         told = [several([s[at] for s in success if s]) for at in (0, -1)]
         rows.append(f"| - | plays of dpo's first and last round, at temperature 1: {told[0]} and {told[1]} right |")

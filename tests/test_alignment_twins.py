@@ -67,7 +67,7 @@ def pretend(args, gpu, name, seed, log):
         better = dict(
             SKILL, **{"ifrl": {"instructions": 0.8}, "dpo": {"tools": 0.6}, "rlhf": {"liked": 0.9}}.get(name, {})
         )
-        extra = {"ifrl": "hard", "rlhf": "judged"}.get(name)
+        extra = {"ifrl": "hard", "dpo": "drawn", "rlhf": "judged"}.get(name)
         lines = [
             {"step": 0} | ({extra: 0.1} if extra else {}),
             {"step": 1, "loss": 2.0, "reward": 0.1, "tokens_per_second": 5},
@@ -222,7 +222,12 @@ def test_verdicts_follow_from_the_record(record):
     held = lambda of: lines(text, of)[0].startswith("| held")
     assert not held("reasoning-off obeyed") and held("without empty thoughts") and not held("more accurate")
     assert held("ifrl lifts") and "+38.0" in lines(text, "ifrl lifts")[0]  # 0.6 * 30 + 0.4 * 50
-    assert held("dpo lifts tools") and held("rlhf lifts liked") and held("rlhf lifts the reward model's score: +0.50")
+    assert (
+        held("dpo lifts tools")
+        and held("dpo lifts held-out plays")
+        and held("rlhf lifts liked")
+        and held("rlhf lifts the reward model's score: +0.50")
+    )
     assert not held("packing costs tool success (sft1)") and held("stage 2 regains it")
     assert "the hidden rule" in text and "plays of dpo's first and last round" in text
     assert held("98 % well formed") and held("of the same length") and held("accuracy rises")

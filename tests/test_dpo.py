@@ -9,6 +9,7 @@ import re
 import signal
 import zlib
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -356,7 +357,25 @@ def test_a_rounds_line_is_what_happened(go):
     assert e["plays"] == 12 and 0 < e["pairs"] <= 12 and e["logprob_gap_max"] < 1e-3 and e["rollout_tokens"] > 100
     assert e["margin"] == pytest.approx(0.05 * (e["chosen"] - e["rejected"]), rel=1e-3, abs=1e-5) and e["margin"] > 0
     assert f"{e['pairs']} pairs" in printed and re.search(r"\n    chosen .*\n    rejected ", printed)
-    assert "held-out prompts of each kind" in printed
+    assert "held-out prompts of each kind" in printed and "before    of held-out plays right: drawn" in printed
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in logged if "drawn" in e] == [0, 2] and 0 <= logged[-1]["drawn"] <= 1
+
+
+def test_drawn_success_counts_held_out_plays_of_all_kinds(monkeypatch):
+    def played_as(roller, tokenizer, episodes, count, room, length, temperature, seed):
+        assert (count, room, length, temperature) == (3, 50, 600, 0.9)
+        assert {e.kind for e in episodes} == set(tools.KINDS)
+        asked = [e.request for e in episodes if e.kind not in ("unrelated", "lacking")]
+        assert all(tools.split_of(request) == "test" for request in asked)
+        done = lambda e, i: SimpleNamespace(success=e.kind in tools.SEVERAL or i == 0, play=SimpleNamespace(episode=e))
+        return [[done(e, i) for i in range(count)] for e in episodes]
+
+    monkeypatch.setattr(dpo, "play", played_as)
+    config = dpo.DpoConfig(plays=3, room=50, length=600, temperature=0.9, eval_count=26)
+    found = dpo.drawn_success(None, SimpleNamespace(follow=lambda model: None), None, config)
+    several = len(tools.SEVERAL) / len(tools.KINDS)
+    assert found == {"drawn": pytest.approx(several + (1 - several) / 3), "drawn chain": 1.0}
 
 
 def test_a_round_without_pairs_leaves_the_weights(go, monkeypatch, begun):
