@@ -316,9 +316,9 @@ def figures(record, prefix):
                                      if e["alpha"] == a and name in e["skills"]) for a in alphas]  # fmt: skip
             axes[1].plot(alphas, means, "o-", color=line.get_color(), label=name)
     axes[0].set_xticks(range(len(stages)), stages)
-    axes[0].set(ylim=(0, 1.03), ylabel="share of held-out prompts", title="after each stage")
+    axes[0].set(ylim=(-0.12, 1.03), ylabel="share of held-out prompts", title="after each stage")
     axes[1].set(ylim=(0, 1.03), xlabel="alpha: 0 is dpo, 1 is rlhf", title="merged")
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=8, loc="lower center", ncol=5, columnspacing=1.0)
     fig.tight_layout()
     fig.savefig(f"{prefix}_skills.png", dpi=100)
     plt.close(fig)
