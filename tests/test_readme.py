@@ -38,11 +38,11 @@ def shortened(command):
     if "prune.py" in command:
         return command + " --samples 8", ""
     if "sft.py" in command:
-        return command + " --steps 3 --batch-rows 2 --skills-every 2 --skills-count 1 --eval-count 1", ""
+        return command + " --steps 3 --batch-rows 2 --skills-every 0 --eval-count 0", ""
     if "grpo.py" in command:
-        return command + " --steps 1 --prompts 2 --group 2 --room 16 --eval-count 1", ""
+        return command + " --steps 1 --prompts 2 --group 2 --room 16 --eval-count 0", ""
     if "dpo.py" in command:
-        return command + " --rounds 1 --episodes 4 --plays 2 --eval-count 1", ""
+        return command + " --rounds 1 --episodes 4 --plays 2 --eval-count 0", ""
     if "reward.py" in command:
         return command + " --steps 2 --pairs 4 --eval-count 8", ""
     if "bench.py rollouts" in command:
