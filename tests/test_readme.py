@@ -45,6 +45,8 @@ def shortened(command):
         return command + " --rounds 1 --episodes 4 --plays 2 --eval-count 0", ""
     if "reward.py" in command:
         return command + " --steps 2 --pairs 4 --eval-count 8", ""
+    if "bench.py mixer" in command:
+        return command + " --repeats 3 --chunk-sizes 64", ""
     if "bench.py rollouts" in command:
         return command + " --rows 8 --group 4 --repeats 1 --room 16", ""
     if "skills.py" in command:
