@@ -7,6 +7,8 @@ Numbers are means over seeds, in brackets the least and the most.
 
 import statistics
 
+from compression_tables import several, table
+
 CHAIN = ("sft1", "sft2", "sft3", "ifrl", "dpo", "rlhf")
 SKILLS = (
     "on",
@@ -24,22 +26,8 @@ SKILLS = (
 MIDDLE = (0.3, 0.4, 0.5, 0.6, 0.7)  # where a merge is looked for
 
 
-def several(values, form=".0%"):
-    """The mean, and from where to where, of the values that are there."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
-
-
 def points(values):
     return several([None if v is None else 100 * v for v in values], "+.1f")
-
-
-def table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 def by_job(record):

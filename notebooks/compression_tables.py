@@ -38,7 +38,7 @@ def closed(record, run, what):
     return recovered(*(shares(r) for r in (of["parent"], of["pruned"], run))).get(what)
 
 
-def several(values, form):
+def several(values, form=".0%"):
     """The mean, and from where to where, of the values that are there."""
     values = [v for v in values if v is not None]
     if not values:
