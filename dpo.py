@@ -40,7 +40,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from random import Random
 
-from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
+from stage import Stage, open_start, plot, take_step  # isort: skip  (before torch: with device.py)
 import torch
 import torch.nn.functional as F
 
@@ -164,11 +164,7 @@ def train_step(model, optimizer, scaler, pairs, ref, config, autocast):
         loss = each.sum() / len(pairs) - config.sft_weight * chosen.sum() / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    norm = take_step(model, optimizer, scaler, config.clip)
     return total, norm
 
 

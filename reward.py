@@ -26,7 +26,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from random import Random
 
-from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
+from stage import Stage, open_start, plot, take_step  # isort: skip  (before torch: with device.py)
 import torch
 
 import policy
@@ -126,11 +126,7 @@ def train_step(judge, optimizer, scaler, parts, clip, autocast):
             loss = bradley_terry(chosen, rejected) / count
         scaler.scale(loss).backward()
         total, agreed = total + loss.detach(), agreed + (chosen > rejected).sum() / count
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    norm = take_step(judge, optimizer, scaler, clip)
     return total, agreed, norm
 
 

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from random import Random
 
-from stage import Stage, open_start, plot  # isort: skip  (before torch: with device.py)
+from stage import Stage, open_start, plot, take_step  # isort: skip  (before torch: with device.py)
 import torch
 
 import conversations
@@ -156,11 +156,7 @@ def train_step(model, optimizer, scaler, parts, clip, autocast):
             nll, _ = next_token_loss(x, model.lm_head.weight, ids[:, 1:], learned[:, 1:], model.impl)
         scaler.scale(nll / count).backward()
         total = total + nll.detach() / count
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    norm = take_step(model, optimizer, scaler, clip)
     return total, norm
 
 

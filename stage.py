@@ -107,6 +107,17 @@ def open_start(name, config):
     return Start(model.use(impl), tokenizer, device, dtype, count_parameters(model.config)["total"], why)
 
 
+def take_step(model, optimizer, scaler, clip):
+    """The optimizer's step with the gradients that scaled losses left, their norm cut to `clip`; the gradients are then
+    forgotten. Returns the norm before the cut, a tensor."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 class Stage:
     """One stage being run; see the top of the file.
 
