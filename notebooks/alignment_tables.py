@@ -11,18 +11,9 @@ from compression_tables import several, table
 
 CHAIN = ("sft1", "sft2", "sft3", "ifrl", "dpo", "rlhf")
 SKILLS = (
-    "on",
-    "off",
-    "obeyed",
-    "well formed",
-    "tools",
-    "chain",
-    "restraint",
-    "instructions",
-    "conditions",
-    "recall",
-    "liked",
-)
+    "on", "off", "obeyed", "well formed", "tools", "chain", "restraint",
+    "instructions", "conditions", "recall", "liked",
+)  # fmt: skip
 MIDDLE = (0.3, 0.4, 0.5, 0.6, 0.7)  # where a merge is looked for
 
 
